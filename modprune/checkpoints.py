@@ -1,0 +1,37 @@
+"""States of a training run on disk: written beside, then renamed, so that a kill at any moment leaves a whole one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+PREFIX = "epoch-"
+
+
+def save_state(accelerator: Any, folder: Path, epoch: int) -> None:
+    """Write the state after `epoch` to `folder/epoch-NNNN` and delete older ones once it is there."""
+    final, partial = folder / f"{PREFIX}{epoch:04d}", folder / f".{PREFIX}{epoch:04d}.partial"
+    if accelerator.is_main_process and partial.exists():
+        shutil.rmtree(partial)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        older = states(folder)
+        partial.rename(final)
+        for state in older:
+            shutil.rmtree(state)
+    accelerator.wait_for_everyone()
+
+
+def load_newest(accelerator: Any, folder: Path) -> None:
+    """Bring the newest state in `folder` back; nothing happens where there is none yet."""
+    found = states(folder)
+    if found:
+        accelerator.load_state(str(found[-1]))
+
+
+def states(folder: Path) -> list[Path]:
+    """The whole states in `folder`, oldest first."""
+    return sorted(folder.glob(f"{PREFIX}[0-9]*"))

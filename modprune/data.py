@@ -1,0 +1,174 @@
+"""CIFAR-10 and digits held in memory as uint8, augmented a whole batch at a time on the device.
+
+An epoch of CIFAR through PIL and worker processes spends more time on the pictures than a small network does on
+learning. Here the whole data set is one uint8 tensor; crops and flips are one gather per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A labelled set of images of one size.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64, from 0 to `num_classes - 1`.
+        num_classes: number of classes.
+        mean, std: per channel, of images scaled to [0, 1]; what the networks at hand were trained with.
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: Tensor) -> ImageData:
+        """The images at `index` ((M,) int64), in that order."""
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+
+def cifar10(root: str | Path, train: bool) -> ImageData:
+    """CIFAR-10 from the folder that holds `cifar-10-batches-py`; torchvision verifies its checksums.
+
+    Raises:
+        OSError: if the folder is missing, incomplete or altered.
+    """
+    from torchvision.datasets import CIFAR10
+
+    try:
+        data = CIFAR10(str(root), train=train, download=False)
+    except RuntimeError:
+        raise FileNotFoundError(
+            f"{root}: no intact CIFAR-10 there (a file is missing or its checksum is wrong); "
+            "give the folder that holds cifar-10-batches-py, from https://www.cs.toronto.edu/~kriz/cifar.html"
+        ) from None
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return ImageData(images, torch.tensor(data.targets), 10, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def digits(train: bool) -> ImageData:
+    """scikit-learn's 1,797 handwritten digits (8x8 grey, ten classes): every fifth is for testing.
+
+    Needs no network and no files. Images are shown to three channels, as the CIFAR networks take them.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    grey = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)
+    images = grey[:, None].expand(-1, 3, -1, -1).contiguous()
+    everyfifth = torch.arange(len(images)) % 5 == 0
+    index = torch.nonzero(~everyfifth if train else everyfifth).flatten()
+    labels = torch.from_numpy(bunch.target).long()
+    return ImageData(images[index], labels[index], 10, (0.3,) * 3, (0.37,) * 3)
+
+
+class ImageLoader:
+    """Batches `(images, labels, index)` from `ImageData`: float32 (B, C, H, W) normalised, (B,) and (B,) int64.
+
+    The order and the augmentation of an epoch depend on `seed` and `epoch` alone, so a resumed run sees what an
+    uninterrupted one sees. Under torch.distributed each process gets its share of every epoch.
+
+    Args:
+        data: the images.
+        batch_size: images a batch.
+        pad: each image is flipped with probability 1/2 and cropped at random from its frame padded by `pad` zero
+            pixels, independently of the others; None for no augmentation.
+        shuffle: a new order each epoch; otherwise the order of the data. The last, smaller batch is dropped if so.
+        seed: of order and augmentation.
+        device: where batches are made and left.
+        views: augmentations repeat after that many epochs (see `CachedTeacher`); 0 for never.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        batch_size: int = 128,
+        *,
+        pad: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        views: int = 0,
+    ) -> None:
+        self.data, self.batch_size, self.pad, self.shuffle = data, batch_size, pad, shuffle
+        self.seed, self.views, self.epoch = seed, views, 0
+        self.device = torch.device(device)
+        border = pad or 0
+        self._padded = torch.nn.functional.pad(data.images, (border,) * 4).to(self.device)
+        self._labels = data.labels.to(self.device)
+        scale = 255 * torch.tensor(data.std)
+        self._shift = (-255 * torch.tensor(data.mean) / scale).view(1, -1, 1, 1).to(self.device)
+        self._scale = scale.reciprocal().view(1, -1, 1, 1).to(self.device)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration draws; without a call, iterations count up from 0."""
+        self.epoch = epoch
+
+    @property
+    def view(self) -> int:
+        """Which of the `views` augmentations the current epoch uses; the epoch itself if they never repeat."""
+        return self.epoch % self.views if self.views else self.epoch
+
+    def __len__(self) -> int:
+        share = len(self._share(torch.arange(len(self.data))))
+        return share // self.batch_size if self.shuffle else -(-share // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        order = torch.arange(len(self.data))
+        if self.shuffle:
+            order = torch.randperm(len(self.data), generator=_generator(self.seed, self.epoch, 0))
+        crops = self._crops() if self.pad is not None else None
+        for index in self._share(order).to(self.device).split(self.batch_size)[: len(self)]:
+            images = self._padded[index] if crops is None else _crop(self._padded, index, crops[index], self.data)
+            yield images * self._scale + self._shift, self._labels[index], index
+        self.epoch += 1
+
+    def _crops(self) -> Tensor:
+        """(N, 3) int64 of this epoch: row and column of the crop, and whether it is flipped."""
+        generator = _generator(self.seed, self.view, 1)
+        offsets = torch.randint(2 * (self.pad or 0) + 1, (len(self.data), 2), generator=generator)
+        flips = torch.randint(2, (len(self.data), 1), generator=generator)
+        return torch.cat([offsets, flips], 1).to(self.device)
+
+    def _share(self, order: Tensor) -> Tensor:
+        if not (dist.is_available() and dist.is_initialized()):
+            return order
+        return order[dist.get_rank() :: dist.get_world_size()]
+
+
+def _crop(padded: Tensor, index: Tensor, crops: Tensor, data: ImageData) -> Tensor:
+    """One crop of `data`'s size per image of `padded[index]`: a single gather, each image at its own offset."""
+    height, width = data.images.shape[-2:]
+    across = torch.arange(width, device=padded.device)
+    rows = crops[:, 0, None] + torch.arange(height, device=padded.device)
+    columns = crops[:, 1, None] + torch.where(crops[:, 2, None] == 1, across.flip(0), across)
+    batch, channel = index[:, None, None, None], torch.arange(padded.shape[1], device=padded.device)
+    return padded[batch, channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _generator(seed: int, epoch: int, stream: int) -> torch.Generator:
+    """A generator of its own for each (seed, epoch, stream): mixed by a hash, so that neighbours are unrelated."""
+    return torch.Generator().manual_seed(hash((seed, epoch, stream)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def set_epoch(loader: object, epoch: int) -> None:
+    """Tell a loader, or the sampler of a torch DataLoader, which epoch comes next, if it wants to know."""
+    for target in (loader, getattr(loader, "sampler", None) if isinstance(loader, DataLoader) else None):
+        if hasattr(target, "set_epoch"):
+            target.set_epoch(epoch)

@@ -1,0 +1,2 @@
+"""placeholder"""
+def evaluate(model, loader): raise NotImplementedError

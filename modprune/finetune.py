@@ -1,0 +1,308 @@
+"""Fine-tuning: SGD with a cosine schedule, distillation from a teacher, mixed precision, resume, several processes.
+
+Distillation after Hinton et al., "Distilling the Knowledge in a Neural Network" (2015).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import is_initialized
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from modprune._inputs import call, device_of, evaluating, first_tensor, split_batch, to_device
+from modprune.checkpoints import load_newest, save_state
+from modprune.data import ImageLoader, set_epoch
+from modprune.evaluate import evaluate
+
+Teacher = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch measured: mean loss, rate at its end, images per second, and Top-1 in percent if validated."""
+
+    epoch: int
+    loss: float
+    lr: float
+    images_per_second: float
+    top1: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Constants of a training run.
+
+    Attributes:
+        epochs: passes over the data.
+        lr: peak rate; rises linearly over `warmup` epochs, then falls to zero along a cosine.
+        momentum, weight_decay: of SGD; the momentum is Nesterov's.
+        warmup: in epochs.
+        distill: weight of the teacher's term in the loss, from 0 to 1.
+        temperature: T of the teacher's term.
+    """
+
+    epochs: int = 40
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 1.0
+    distill: float = 0.9
+    temperature: float = 4.0
+
+    def __post_init__(self) -> None:
+        at_least_zero = {"lr": self.lr, "weight_decay": self.weight_decay, "warmup": self.warmup}
+        for name, value in at_least_zero.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value}: a finite number, at least 0, is needed")
+        if self.epochs < 1:
+            raise ValueError(f"epochs={self.epochs}: at least 1 is needed")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill={self.distill}: a weight from 0 to 1 is needed")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum}: a number from 0 up to, not including, 1 is needed")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}: a number above 0 is needed")
+
+
+def finetune(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any] | None = None,
+    *,
+    teacher: nn.Module | Teacher | None = None,
+    checkpoints: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **recipe: float,
+) -> list[Epoch]:
+    """Train `model` in place and return what each epoch measured; the weights kept are those of the last epoch.
+
+    bf16 autocast is used where the device gains from it (`autocast_dtype`).
+
+    Args:
+        model: returns logits (B, classes), or an output whose first tensor they are. Its modes are put back
+            afterwards. Compile it beforehand with `model.compile()` if wanted.
+        train_loader: sized; `(inputs, labels, ...)` batches or dicts with `labels`. A torch DataLoader is spread over
+            the processes; anything else gives each process its share itself, as `ImageLoader` does.
+        val_loader: Top-1 is measured on it after every epoch, for people to watch; nothing is chosen by it.
+        teacher: a module that takes the same inputs, or a callable from a batch to logits such as `CachedTeacher`.
+        checkpoints: a folder for the state after each epoch; only the newest is kept.
+        resume: go on from the newest state in `checkpoints`, to the result of an uninterrupted run.
+        progress: show a bar.
+        recipe: the fields of `Recipe`: epochs, lr, momentum, weight_decay, warmup, distill, temperature.
+
+    Raises:
+        ValueError: for arguments out of range, or a state saved by a run with another recipe.
+        RuntimeError: if the loss stops being finite; names epoch and step. Earlier checkpoints stay.
+    """
+    constants = Recipe(**recipe)  # type: ignore[arg-type]
+    if resume and checkpoints is None:
+        raise ValueError("resume=True needs checkpoints=FOLDER: the folder that the run to go on with wrote to")
+    run = _Run(model, train_loader, teacher, constants)
+    with _training(model, run.accelerator), _teaching(teacher) as teach:
+        run.prepare()
+        if resume:
+            load_newest(run.accelerator, Path(str(checkpoints)))
+        for epoch in range(len(run.history), constants.epochs):
+            loss, speed = run.epoch(epoch, teach, progress)
+            top1 = evaluate(model, val_loader).top1 if val_loader is not None else None
+            run.history.append(Epoch(epoch + 1, loss, run.schedule.get_last_lr()[0], speed, top1))
+            if checkpoints is not None:
+                save_state(run.accelerator, Path(checkpoints), epoch + 1)
+    return run.history
+
+
+class _Run:
+    """One training run: everything that a checkpoint has to bring back."""
+
+    def __init__(self, model: nn.Module, loader: Iterable[Any], teacher: object, recipe: Recipe) -> None:
+        self.model, self.loader, self.recipe, self.device = model, loader, recipe, device_of(model)
+        self.steps = len(loader)  # type: ignore[arg-type]
+        self.history: list[Epoch] = []
+        self.distill = recipe.distill if teacher is not None else 0.0
+        # Somebody else's Accelerator in this process has settled the precision; ours has to follow it.
+        precision = None if is_initialized() else ("bf16" if autocast_dtype(self.device) else "no")
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=self.device.type == "cpu", device_placement=False)
+        self.optimizer: Any = torch.optim.SGD(
+            model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
+            nesterov=recipe.momentum > 0,
+        )  # fmt: skip
+        warm, total = recipe.warmup * self.steps, recipe.epochs * self.steps
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: warmup_cosine(step, warm, total))
+
+    def prepare(self) -> None:
+        self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if isinstance(self.loader, DataLoader):
+            self.loader = self.accelerator.prepare(self.loader)
+        self.accelerator.register_for_checkpointing(self.schedule, self)
+
+    def epoch(self, epoch: int, teach: Teacher | None, progress: bool) -> tuple[float, float]:
+        """One pass over the data: mean loss, and images per second over all processes."""
+        self.model.train()
+        set_epoch(self.loader, epoch)
+        title = f"epoch {epoch + 1}/{self.recipe.epochs}"
+        quiet = not (progress and self.accelerator.is_main_process)
+        bar = tqdm(self.loader, title, self.steps, leave=False, disable=quiet)
+        losses, seen, started = _Losses(title, bar), 0, time.perf_counter()
+        for batch in bar:
+            batch = to_device(batch, self.device)
+            inputs, labels = split_batch(batch)
+            with self.accelerator.autocast():
+                logits = logits_of(call(self.net, inputs)).float()
+            loss = distillation_loss(logits, labels, teach and teach(batch), self.distill, self.recipe.temperature)
+            self.accelerator.backward(loss)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            losses.add(loss.detach())
+            seen += len(logits)
+        mean = losses.mean()
+        return mean, seen * self.accelerator.num_processes / (time.perf_counter() - started)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recipe": asdict(self.recipe), "history": [asdict(epoch) for epoch in self.history]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        mine = asdict(self.recipe)
+        other = {name: value for name, value in state["recipe"].items() if value != mine.get(name)}
+        if other:
+            raise ValueError(f"the checkpoint is of a run with {other}, this one has other values: start a new folder")
+        self.history[:] = [Epoch(**epoch) for epoch in state["history"]]
+
+
+class _Losses:
+    """Losses of an epoch, kept on the device: reading each one would stall an accelerator at every step."""
+
+    every = 25
+
+    def __init__(self, title: str, bar: Any) -> None:
+        self.title, self.bar, self.values = title, bar, []  # type: ignore[var-annotated]
+
+    def add(self, loss: Tensor) -> None:
+        self.values.append(loss)
+        if len(self.values) % self.every == 0:
+            self.bar.set_postfix(loss=f"{self.mean():.3f}")
+
+    def mean(self) -> float:
+        values = torch.stack(self.values)
+        bad = torch.nonzero(~values.isfinite())
+        if len(bad):
+            step = int(bad[0]) + 1
+            raise RuntimeError(f"{self.title}, step {step}: the loss is {values[step - 1].item()}; try a lower lr")
+        return float(values.double().mean())
+
+
+def distillation_loss(logits: Tensor, labels: Tensor | None, soft: Tensor | None, weight: float, t: float) -> Tensor:
+    """`(1 - weight) * CE + weight * t^2 * KL(teacher || student)` at temperature `t` (Hinton et al. 2015, section 2).
+
+    Args:
+        logits: (B, classes) of the student.
+        labels: (B,) int64; may be None where `weight` is 1.
+        soft: (B, classes) logits of the teacher, or None for plain cross-entropy.
+        weight: of the teacher's term.
+        t: temperature of both.
+    """
+    if soft is None or weight == 0:
+        return F.cross_entropy(logits, _needed(labels))
+    target, log_student = F.log_softmax(soft.float() / t, 1), F.log_softmax(logits / t, 1)
+    kl = F.kl_div(log_student, target, reduction="batchmean", log_target=True) * t * t
+    return weight * kl if weight == 1 else weight * kl + (1 - weight) * F.cross_entropy(logits, _needed(labels))
+
+
+def warmup_cosine(step: int, warmup: float, total: int) -> float:
+    """Factor of the peak rate at a step: linear up to 1 at `warmup`, then a cosine down to 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where matrix units take it (CUDA from Ampere on, CPUs with AMX), else None: emulation is slower."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and has_amx() else None
+
+
+class CachedTeacher:
+    """A teacher that looks at each augmented image once and remembers its logits.
+
+    Without an accelerator a large teacher costs as much as its student learns. Where the loader's augmentations
+    repeat after `views` epochs, the teacher works in the first `views` epochs only, and both still see the same
+    crop ("consistent" in Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", 2022).
+
+    Args:
+        model: the teacher; left as found.
+        loader: the `ImageLoader` that the student trains on.
+    """
+
+    def __init__(self, model: nn.Module, loader: ImageLoader) -> None:
+        self.model, self.loader = model, loader
+        self._logits: dict[int, Tensor] = {}
+
+    def __call__(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """The teacher's logits (B, classes), float32, for a batch `(images, labels, index)` of the loader."""
+        images, _, index = batch
+        known = self._logits.get(self.loader.view)
+        if known is not None and not known[index].isnan().any():
+            return known[index]
+        with torch.no_grad(), evaluating(self.model):
+            logits = logits_of(self.model(images)).float()
+        if known is None:
+            known = self._logits[self.loader.view] = logits.new_full((len(self.loader.data), logits.shape[1]), math.nan)
+        known[index] = logits
+        return logits
+
+
+def logits_of(output: Any) -> Tensor:
+    """The first tensor of a model's output, taken as its logits."""
+    logits = first_tensor(output)
+    if logits is None:
+        raise ValueError(f"the model returned {type(output).__name__}, which holds no tensor to take as logits")
+    return logits
+
+
+def _needed(labels: Tensor | None) -> Tensor:
+    if labels is None:
+        raise ValueError("the batches hold no labels: give (inputs, labels) or dicts with 'labels', or distill=1")
+    return labels
+
+
+@contextmanager
+def _training(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Modes as before afterwards, and accelerate's wrapped `forward` taken off again."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        model.__dict__.pop("forward", None)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _teaching(teacher: nn.Module | Teacher | None) -> Iterator[Teacher | None]:
+    """The teacher as a callable from a batch to logits; a module is in eval mode meanwhile."""
+    if not isinstance(teacher, nn.Module):
+        yield teacher
+        return
+
+    @torch.no_grad()
+    def teach(batch: Any) -> Tensor:
+        return logits_of(call(teacher, split_batch(batch)[0]))
+
+    with evaluating(teacher):
+        yield teach

@@ -1,0 +1,168 @@
+"""The feature graph of one layer and its modularity: pure tensors in, a number out.
+
+Lu et al., "Understanding the Dynamics of DNNs Using Graph Modularity" (ECCV 2022), section 3; modularity after
+Newman, "Modularity and community structure in networks" (PNAS 2006).
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Up to this many samples the whole matrix of similarities is held (256 MiB), which lets its symmetry save half of
+# the products; above it, rows are worked off in blocks of about the same size.
+WHOLE = 8192
+# Squares and products of float32 norms within these bounds neither overflow nor vanish.
+SAFE_NORMS = (1e-15, 1e15)
+
+
+@dataclass(frozen=True)
+class FeatureGraph:
+    """A directed weighted k-nearest-neighbour graph.
+
+    Attributes:
+        neighbours: (N, k) int64, for each sample its k most similar others.
+        weights: (N, k) float32, their cosine similarities; 0 where that is not positive, which means no edge.
+    """
+
+    neighbours: Tensor
+    weights: Tensor
+
+
+def modularity(features: Tensor, labels: Tensor, k: int = 3) -> float:
+    """Q: how well `labels` partition the k-nearest-neighbour graph of `features` by cosine similarity.
+
+    Args:
+        features: (N, ...) floating point, any device; each sample is flattened. Half precision is computed in float32.
+        labels: (N,) integers; any values, equal ones are one class.
+        k: neighbours of each sample, from 1 to N - 1.
+
+    Returns:
+        Q, from -0.5 to 1; 0 with a RuntimeWarning where no pair of samples has positive similarity.
+
+    Raises:
+        ValueError: for shapes, types or `k` that do not fit, and for NaN or infinite features.
+
+    Source: Lu et al. (ECCV 2022), section 3.
+
+    >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    >>> round(modularity(features, torch.tensor([0, 0, 1, 1]), k=1), 6)
+    0.5
+    """
+    check_labels(labels, len(features))
+    return graph_modularity(feature_graph(features, k), labels)
+
+
+def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
+    """The k-nearest-neighbour graph of (N, ...) floating point features by cosine similarity.
+
+    Memory beside the features: N x N float32 up to N = 8192, above it a block of rows of about that size.
+
+    Raises:
+        ValueError: if features are not floating point, hold NaN or infinity or no columns, or `k` is not in 1..N-1.
+    """
+    if not features.is_floating_point() or features.ndim < 2 or features[:1].numel() == 0:
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} and type {features.dtype}: "
+            "floating point with a row of at least one value for each sample is needed"
+        )
+    check_k(k, len(features))
+    rows = features.detach().flatten(1)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    norms = _norms(rows)
+    if _unsafe(norms):
+        rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+        norms = _norms(rows)
+    inverse = _inverse(norms)
+    if len(rows) <= WHOLE:
+        return _nearest(_gram(rows), inverse, k)
+    block = WHOLE * WHOLE // len(rows)
+    parts = [_nearest(part @ rows.T, inverse, k, start=i * block) for i, part in enumerate(rows.split(block))]
+    return FeatureGraph(torch.cat([p.neighbours for p in parts]), torch.cat([p.weights for p in parts]))
+
+
+def feature_graph_from_gram(gram: Tensor, k: int = 3) -> FeatureGraph:
+    """The same graph from the (N, N) matrix of inner products of the samples, which is overwritten.
+
+    Raises:
+        ValueError: if a diagonal entry is NaN or infinite, or `k` is not in 1..N-1.
+    """
+    check_k(k, len(gram))
+    norms = gram.diagonal().clone().sqrt()
+    _check_finite(norms)
+    return _nearest(gram, _inverse(norms), k)
+
+
+def graph_modularity(graph: FeatureGraph, labels: Tensor) -> float:
+    """Q of the undirected graph `(A + A^T) / 2` under the partition `labels` ((N,) integers), in float64."""
+    check_labels(labels, len(graph.weights))
+    neighbours, weights = graph.neighbours, graph.weights.double()
+    total = weights.sum()
+    if total == 0:
+        warnings.warn("the feature graph has no edge (no two samples are similar): Q = 0", RuntimeWarning, stacklevel=2)
+        return 0.0
+    classes, labels = labels.to(weights.device).unique(return_inverse=True)
+    inside = weights[labels[:, None] == labels[neighbours]].sum() / total
+    strength = weights.sum(1).index_add(0, neighbours.flatten(), weights.flatten()) / 2
+    share = strength.new_zeros(len(classes)).index_add(0, labels, strength) / total
+    return float(inside - share.square().sum())
+
+
+def check_k(k: int, samples: int) -> None:
+    """Raises ValueError unless 1 <= k < samples."""
+    if not 1 <= k < samples:
+        raise ValueError(f"k={k} with {samples} samples: k is at least 1 and below the number of samples")
+
+
+def check_labels(labels: Tensor, samples: int) -> None:
+    """Raises ValueError unless labels are `samples` integers."""
+    if labels.shape != (samples,):
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for {samples} samples: one label each is needed")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels of type {labels.dtype}: integers that number the classes are needed")
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    # An overflowing norm of finite values is no fault of theirs: those rows are looked at again.
+    suspects = torch.nonzero(~norms.isfinite()).flatten()
+    _check_finite(rows[suspects].abs().amax(1) if len(suspects) else norms, suspects)
+    return norms
+
+
+def _check_finite(values: Tensor, names: Tensor | None = None) -> None:
+    bad = torch.nonzero(~values.isfinite()).flatten()
+    if len(bad):
+        sample = int(bad[0] if names is None or len(names) == 0 else names[bad[0]])
+        raise ValueError(f"the features of sample {sample} hold NaN or infinity: check the model and its inputs")
+
+
+def _unsafe(norms: Tensor) -> bool:
+    low, high = SAFE_NORMS
+    return bool(((norms < low) & (norms > 0)).any() or (norms > high).any())
+
+
+def _inverse(norms: Tensor) -> Tensor:
+    return torch.where(norms > 0, norms.reciprocal(), 0)
+
+
+def _gram(rows: Tensor, parts: int = 4) -> Tensor:
+    """`rows @ rows.T` by blocks: those below the diagonal are copied from above it, 5/8 of the products."""
+    gram = rows.new_empty(len(rows), len(rows))
+    size = max(64, -(-len(rows) // parts))
+    for i in range(0, len(rows), size):
+        torch.mm(rows[i : i + size], rows[i:].T, out=gram[i : i + size, i:])
+        gram[i + size :, i : i + size] = gram[i : i + size, i + size :].T
+    return gram
+
+
+def _nearest(gram: Tensor, inverse: Tensor, k: int, start: int = 0) -> FeatureGraph:
+    """The k largest cosines of each row of a block of inner products (B, N) whose first row is sample `start`."""
+    gram *= inverse
+    gram.diagonal(start).fill_(-torch.inf)
+    values, neighbours = gram.topk(k, dim=1)
+    weights = values * inverse[start : start + len(gram), None]
+    return FeatureGraph(neighbours, weights.clamp_min(0).float())

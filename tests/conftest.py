@@ -1,0 +1,33 @@
+"""Where the real data and checkpoints are, if they are here; tests that need them skip by name where they are not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("MODPRUNE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir() -> Path:
+    """The folder that holds `cifar-10-batches-py`."""
+    root = SHARED / "data"
+    if not (root / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"CIFAR-10 is not at {root}: set MODPRUNE_SHARED to the folder that holds data/ and weights/")
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Callable[[str], Path]:
+    """The public CIFAR-10 checkpoint of a network: `checkpoint("resnet56")` is its path."""
+
+    def find(name: str) -> Path:
+        found = sorted((SHARED / "weights").glob(f"{name}-*.th"))
+        if not found:
+            pytest.skip(f"no checkpoint {name}-*.th in {SHARED / 'weights'}")
+        return found[0]
+
+    return find

@@ -20,7 +20,7 @@ from modprune.cost import macs_by_module
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
 ADDS = ("AddBackward",)
 ACTIVATIONS = ("Relu", "Hardtanh", "Gelu", "Silu", "Hardswish", "LeakyRelu", "Elu", "Mish", "Clamp")
-LAYOUT = ("View", "UnsafeView", "Reshape", "Alias", "Permute", "Transpose", "T", "Roll", "Clone", "Contiguous", "Squeeze", "Unsqueeze")  # fmt: skip
+LAYOUT = ("View", "UnsafeView", "Reshape", "Alias", "Permute", "Transpose", "Roll", "Clone", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Blocks(tuple[Block, ...]):
 def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
     """The residual blocks of a model in forward order, with what each costs; empty if it has none.
 
-    Two forward passes (one traced, one counted) and one more of every block for the proof. The model is left as found.
+    Two forward passes (one traced, one counted) and one more of every identity block, for the proof that the shortcut
+    is the identity. The model is left as found.
 
     Args:
         model: any module; on any device.
@@ -86,13 +87,17 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
             for parameter, _ in modes:
                 parameter.requires_grad_(True)
             calls, output = _record(model, inputs)
-            found, refused = _judge(model, calls, output)
+            found, refused = _judge(calls, output)
             macs = macs_by_module(model, inputs)
-            blocks = [_describe(model, calls[name], kind, kept, macs) for name, (kind, kept) in found.items()]
+            blocks = [_describe(calls[name], kind, kept, macs) for name, (kind, kept) in found.items()]
     finally:
         for parameter, requires_grad in modes:
             parameter.requires_grad_(requires_grad)
     return Blocks(blocks, refused)
+
+
+# The kind of a block and, of a transition, the autograd nodes of the shortcut that stays.
+_Shape = tuple[str, set[Any]]
 
 
 @dataclass
@@ -144,10 +149,10 @@ def _record(model: nn.Module, inputs: Any) -> tuple[dict[str, _Call], Any]:
     return calls, output
 
 
-def _judge(model: nn.Module, calls: dict[str, _Call], output: Any) -> tuple[dict[str, tuple[str, set[Any]]], dict[str, str]]:
-    """Accepted names with kind and the nodes of a kept shortcut, innermost only; refused names with the reason."""
+def _judge(calls: dict[str, _Call], output: Any) -> tuple[dict[str, _Shape], dict[str, str]]:
+    """Accepted names with what they are, innermost only, and refused names with the reason."""
     users = _users(output)
-    found: dict[str, tuple[str, set[Any]]] = {}
+    found: dict[str, _Shape] = {}
     refused: dict[str, str] = {}
     for name in sorted(calls, key=lambda name: name.count("."), reverse=True):
         if any(inner.startswith(name + ".") for inner in (*found, *refused)):
@@ -164,8 +169,8 @@ def _judge(model: nn.Module, calls: dict[str, _Call], output: Any) -> tuple[dict
     return {name: found[name] for name in calls if name in found}, refused
 
 
-def _shape(seen: _Call) -> tuple[str, set[Any]] | None:
-    """The kind of a block and, of a transition, the autograd nodes of its shortcut; None if it is no block."""
+def _shape(seen: _Call) -> _Shape | None:
+    """What a call looks like by its autograd graph; None if it is no block."""
     if seen.end is None or seen.end is seen.start:
         return None
     inside = _between(seen.end, seen.start)
@@ -201,7 +206,7 @@ def _obstacle(seen: _Call, users: dict[Any, set[Any]]) -> str:
     return ""
 
 
-def _describe(model: nn.Module, seen: _Call, kind: str, kept: set[Any], macs: dict[str, int]) -> Block:
+def _describe(seen: _Call, kind: str, kept: set[Any], macs: dict[str, int]) -> Block:
     staying = {id(parameter) for parameter in _parameters(kept)}
     layers = tuple(
         f"{seen.name}.{name}" if name else seen.name

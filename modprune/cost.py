@@ -47,7 +47,7 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     A module that calls itself by several names has its MACs under the first; one never called has 0.
     """
     inputs = to_device(example_inputs, device_of(model))
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False)
     with torch.random.fork_rng(), evaluating(model), _plain_attention(), torch.no_grad(), counter:
         call(model, inputs)
     samples, root = batch_size(inputs), type(model).__name__

@@ -1,2 +1,60 @@
-"""placeholder"""
-def evaluate(model, loader): raise NotImplementedError
+"""Loss and accuracy of a classifier over a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modprune._inputs import call, device_of, evaluating, first_tensor, split_batch, to_device
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy, Top-1 and Top-5 in percent, and how many of how many samples were right."""
+
+    loss: float
+    top1: float
+    top5: float
+    correct: int
+    samples: int
+
+
+def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
+    """Evaluate a classifier in eval mode, without gradients, on its own device; it is left as found.
+
+    Args:
+        model: returns logits (B, classes), or an output whose first tensor they are.
+        loader: `(inputs, labels, ...)` batches or dicts with `labels`; labels are (B,) integers.
+
+    Raises:
+        ValueError: for an empty loader, missing labels or labels beyond the number of classes.
+        RuntimeError: for logits that are NaN.
+    """
+    device, samples = device_of(model), 0
+    totals = torch.zeros(3, dtype=torch.float64)
+    with torch.no_grad(), evaluating(model):
+        for batch in loader:
+            inputs, labels = split_batch(to_device(batch, device))
+            logits = first_tensor(call(model, inputs))
+            if logits is None or logits.ndim != 2 or labels is None:
+                raise ValueError("Top-1 needs logits of shape (B, classes) and labels: check the model and the loader")
+            if labels.min() < 0 or labels.max() >= logits.shape[1]:
+                raise ValueError(
+                    f"labels from {labels.min()} to {labels.max()} with {logits.shape[1]} classes: "
+                    f"labels lie in 0..{logits.shape[1] - 1}; check the data and the model's number of classes"
+                )
+            if logits.isnan().any():
+                raise RuntimeError(f"the model gives NaN in the batch after sample {samples}: check its weights")
+            ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            totals += torch.stack([loss, ranks[:, 0].sum(), ranks.sum()]).cpu()
+            samples += len(labels)
+    if samples == 0:
+        raise ValueError("the loader gave no batch to evaluate on")
+    loss, top1, top5 = totals.tolist()
+    return Evaluation(loss / samples, 100 * top1 / samples, 100 * top5 / samples, int(top1), samples)

@@ -118,7 +118,7 @@ def finetune(
         for epoch in range(len(run.history), constants.epochs):
             loss, speed = run.epoch(epoch, teach, progress)
             top1 = evaluate(model, val_loader).top1 if val_loader is not None else None
-            run.history.append(Epoch(epoch + 1, loss, run.schedule.get_last_lr()[0], speed, top1))
+            run.history.append(Epoch(epoch + 1, loss, float(run.schedule.get_last_lr()[0]), speed, top1))
             if checkpoints is not None:
                 save_state(run.accelerator, Path(checkpoints), epoch + 1)
     return run.history

@@ -19,11 +19,11 @@ class PadShortcut(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.half = channels // 2
+        self.border = channels // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + channels, ceil(H / 2), ceil(W / 2))."""
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.half, self.half))
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.border, self.border))
 
 
 class BasicBlock(nn.Module):

@@ -1,0 +1,105 @@
+"""`PruningPlan`: what to remove, as a plain value that survives JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modprune._files import write_text
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = 1
+KINDS = ("identity", "transition")
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which blocks to remove, and where the choice came from.
+
+    Attributes:
+        remove: names of blocks, in forward order.
+        kinds: the kind of each, "identity" or "transition"; empty in a plan written by hand, then found out.
+        criterion: what scored the blocks.
+        scores: the score of every candidate: what is lost if it goes.
+        freed: fractions of the MACs (`flops`) and parameters (`params`) that go.
+
+    >>> PruningPlan(remove=("layer1.0",)) == PruningPlan.from_json('{"format": 1, "remove": ["layer1.0"]}')
+    True
+    """
+
+    remove: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+    criterion: str = ""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    freed: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("remove", "kinds"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"a plan's '{name}' is a tuple of strings, not {value!r:.60}")
+            object.__setattr__(self, name, tuple(value))
+        if len(set(self.remove)) < len(self.remove) or "" in self.remove:
+            raise ValueError("a plan's 'remove' names every block once, and not the whole model")
+        if self.kinds and (len(self.kinds) != len(self.remove) or not set(self.kinds) <= set(KINDS)):
+            raise ValueError(f"a plan's 'kinds' gives one of {', '.join(KINDS)} for each block to remove, or nothing")
+        if not isinstance(self.criterion, str):
+            raise ValueError("a plan's 'criterion' is a string")
+        for name in ("scores", "freed"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(_is_number(item) for item in value.values()):
+                raise ValueError(f"a plan's '{name}' maps names to finite numbers")
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The plan as JSON text; written to `path` as well if given, in one step."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        if path is not None:
+            write_text(path, text)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> PruningPlan:
+        """A plan from JSON text (it begins with a brace) or from the file of that name.
+
+        Raises:
+            ValueError: for text that is not a plan, or one of a newer format; OSError: for a file that is not there.
+        """
+        text = source if isinstance(source, str) and source.lstrip().startswith("{") else _read(Path(source))
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not a plan: the text is not JSON ({str(error)[:80]})") from None
+        if not isinstance(data, dict) or "remove" not in data:
+            raise ValueError("not a plan: a JSON object with 'remove' is needed, as PruningPlan.to_json writes it")
+        version = data.pop("format", FORMAT)
+        if not isinstance(version, int) or not 1 <= version <= FORMAT:
+            raise ValueError(f"a plan of format {version!r:.20}; this modprune reads up to {FORMAT}: update modprune")
+        unknown = sorted(set(data) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"not a plan: it has an unknown field {unknown[0]!r:.60}")
+        return cls(**data)
+
+    def apply(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
+        """Remove the blocks from `model` in place and return it; see `modprune.surgery.remove_blocks`."""
+        from modprune.surgery import remove_blocks  # the one step back along the way of the data
+
+        return remove_blocks(model, self.remove, kinds=self.kinds, example_inputs=example_inputs)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; a plan is what `modprune plan` writes") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a plan: it is not text") from None

@@ -1,0 +1,188 @@
+"""Pruned models as one safetensors file: weights, plan and checksum, no pickle; and plain weights from elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from modprune._files import write_bytes
+from modprune.models import CifarResNet
+from modprune.plan import PruningPlan
+from modprune.surgery import removed_blocks
+
+FORMAT = 1
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Save a model, pruned or not, to one safetensors file, written in one step.
+
+    The header says which blocks are gone (read off the model) and holds a checksum, so that `load` can rebuild the
+    model from the unpruned one without example inputs.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+    removed = removed_blocks(model)
+    header = {
+        "format": FORMAT,
+        "plan": json.loads(PruningPlan(tuple(removed), tuple(removed.values())).to_json()),
+        "cifar_resnet": _shape_of(model),
+        "sha256": _checksum(tensors),
+    }
+    write_bytes(path, safetensors.torch.save(tensors, metadata={"modprune": json.dumps(header)}))
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """A saved model.
+
+    Args:
+        path: a file that `save` wrote.
+        model: a fresh unpruned model of the same architecture, pruned and filled in place; not needed for the CIFAR
+            ResNets of `modprune.models`.
+
+    Raises:
+        OSError: if the file is not there; ValueError: if it is truncated, altered, of a newer format, not written by
+            `save` or of another network; one line, and the given model stays as it was.
+    """
+    tensors, metadata = _read_safetensors(Path(path))
+    if "modprune" not in metadata:
+        raise ValueError(f"{path}: not a file of modprune.save; for plain weights use modprune.load_weights")
+    header = _header(path, metadata["modprune"])
+    if header["sha256"] != _checksum(tensors):
+        raise ValueError(f"{path}: the weights do not match their checksum: the file was altered; get it anew")
+    plan = PruningPlan.from_json(json.dumps(header["plan"]))
+    if model is None:
+        model = _build(path, header["cifar_resnet"])
+    trial = copy.deepcopy(model)
+    for candidate in (trial, model):  # all that can fail fails on the trial, before the caller's model is touched
+        try:
+            plan.apply(candidate)
+        except ValueError as error:
+            raise ValueError(f"{path}: a file of another network: {error}") from error
+        _check_fit(path, candidate, tensors)
+        candidate.load_state_dict(tensors)
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Fill a model in place with plain weights: a `.safetensors` file, or a PyTorch file read with `weights_only`.
+
+    A state dict nested under "state_dict" or "model" and names that begin with "module." are understood.
+
+    Raises:
+        OSError: if the file is not there; ValueError: if it is truncated, would run code, is no state dict or is of
+            another network or number of classes; one line, and the model stays as it was.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        state: Any = _read_safetensors(path)[0]
+    else:
+        state = _read_torch(path)
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{path}: holds no state dict (names with tensors); save model.state_dict() to it")
+    tensors = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked") and k not in tensors}
+    tensors |= counters  # older checkpoints have none
+    _check_fit(path, model, tensors)
+    model.load_state_dict(tensors)
+    return model
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error})") from None
+    except Exception as error:  # safetensors raises a class of its own
+        raise ValueError(f"{path}: not a whole safetensors file ({str(error)[:80]}); get it anew") from None
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; give the checkpoint of the network") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path}: a folder; give the file of weights in it") from None
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise ValueError(
+                f"{path}: loading it would run code from the file; refused. Save only model.state_dict() to it"
+            ) from None
+        raise ValueError(f"{path}: not a PyTorch file of weights, or a truncated one; get it anew") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError):
+        raise ValueError(f"{path}: not a PyTorch file of weights, or a truncated one; get it anew") from None
+
+
+def _header(path: str | Path, text: str) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+        version = header["format"]
+        if isinstance(version, int) and version > FORMAT:
+            raise ValueError(f"{path}: of format {version}; this modprune reads up to {FORMAT}: update modprune")
+        return {key: header[key] for key in ("sha256", "plan", "cifar_resnet")}
+    except (KeyError, TypeError, json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{path}: its header is damaged: get it anew") from None
+
+
+def _check_fit(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    mine = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    other = {name: tuple(t.shape) for name, t in tensors.items()}
+    if mine == other:
+        return
+    differing = [n for n in mine if n in other and mine[n] != other[n]]
+    missing, extra = [n for n in mine if n not in other], [n for n in other if n not in mine]
+    detail = (
+        f"{differing[0]} has shape {other[differing[0]]} there and {mine[differing[0]]} here" if differing
+        else f"{missing[0]} is missing there" if missing else f"{extra[0]} is unknown here"
+    )  # fmt: skip
+    count = len(differing) + len(missing) + len(extra)
+    raise ValueError(f"{path}: weights of another network or number of classes: {detail} ({count} names differ)")
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _shape_of(model: nn.Module) -> dict[str, Any] | None:
+    if not isinstance(model, CifarResNet):
+        return None
+    stages = (model.layer1, model.layer2, model.layer3)
+    return {
+        "blocks": [len(stage) for stage in stages],
+        "num_classes": model.linear.out_features,
+        "in_channels": model.conv1.in_channels,
+    }
+
+
+def _build(path: str | Path, shape: Any) -> nn.Module:
+    if shape is None:
+        raise ValueError(f"{path}: not of a network that modprune has built in: give the unpruned model to load into")
+    try:
+        blocks, sizes = shape["blocks"], (shape["num_classes"], shape["in_channels"])
+        if len(blocks) != 3 or not all(type(n) is int and 1 <= n <= 1000 for n in (*blocks, *sizes)):
+            raise ValueError
+        return CifarResNet(tuple(blocks), *sizes)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: its header is damaged: get it anew") from None

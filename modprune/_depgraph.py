@@ -25,7 +25,7 @@ def dependency_graph(model: nn.Module, example_inputs: Any) -> Any:
     inputs = to_device(example_inputs, device_of(model))
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     try:
-        with torch.enable_grad(), torch.random.fork_rng(), evaluating(model), warnings.catch_warnings():
+        with torch.enable_grad(), evaluating(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch-pruning's own, about parameters it does not know
             for parameter in frozen:
                 parameter.requires_grad_(True)

@@ -82,13 +82,26 @@ def batch_size(inputs: Any) -> int:
     return tensor.shape[0]
 
 
+def take(value: Any, start: int, stop: int) -> Any:
+    """Samples `start` to `stop` of inputs: every tensor with a batch dimension is cut."""
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.ndim else value
+    if isinstance(value, dict):
+        return {key: take(item, start, stop) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(take(item, start, stop) for item in value)
+    return value
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode inside the block; every module's own mode is put back after it."""
+    """The model in eval mode inside the block; every module's own mode and torch's RNG are put back after it."""
     modes = {module: module.training for module in model.modules()}
+    device = device_of(model)
     model.eval()
     try:
-        yield model
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield model
     finally:
         for module, mode in modes.items():
             module.training = mode

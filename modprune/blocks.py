@@ -83,7 +83,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
     inputs = to_device(example_inputs, device_of(model))
     modes = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with torch.random.fork_rng(), evaluating(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             for parameter, _ in modes:
                 parameter.requires_grad_(True)
             calls, output = _record(model, inputs)

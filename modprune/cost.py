@@ -48,7 +48,7 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """
     inputs = to_device(example_inputs, device_of(model))
     counter = FlopCounterMode(display=False)
-    with torch.random.fork_rng(), evaluating(model), _plain_attention(), torch.no_grad(), counter:
+    with evaluating(model), _plain_attention(), torch.no_grad(), counter:
         call(model, inputs)
     samples, root = batch_size(inputs), type(model).__name__
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}

@@ -78,7 +78,7 @@ def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
         norms = _norms(rows)
     inverse = _inverse(norms)
     if len(rows) <= WHOLE:
-        return _nearest(_gram(rows), inverse, k)
+        return _nearest(inner_products(rows), inverse, k)
     block = WHOLE * WHOLE // len(rows)
     parts = [_nearest(part @ rows.T, inverse, k, start=i * block) for i, part in enumerate(rows.split(block))]
     return FeatureGraph(torch.cat([p.neighbours for p in parts]), torch.cat([p.weights for p in parts]))
@@ -149,14 +149,12 @@ def _inverse(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, norms.reciprocal(), 0)
 
 
-def _gram(rows: Tensor, parts: int = 4) -> Tensor:
-    """`rows @ rows.T` by blocks: those below the diagonal are copied from above it, 5/8 of the products."""
-    gram = rows.new_empty(len(rows), len(rows))
-    size = max(64, -(-len(rows) // parts))
-    for i in range(0, len(rows), size):
-        torch.mm(rows[i : i + size], rows[i:].T, out=gram[i : i + size, i:])
-        gram[i + size :, i : i + size] = gram[i : i + size, i + size :].T
-    return gram
+def inner_products(rows: Tensor) -> Tensor:
+    """`rows @ rows.T`; on the CPU by numpy, whose BLAS computes one half and copies the other (SYRK)."""
+    if rows.device.type != "cpu":
+        return rows @ rows.T
+    array = rows.numpy()
+    return torch.from_numpy(array @ array.T)
 
 
 def _nearest(gram: Tensor, inverse: Tensor, k: int, start: int = 0) -> FeatureGraph:

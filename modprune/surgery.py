@@ -159,7 +159,7 @@ def _params_behind(node: fx.Node, traced: fx.GraphModule) -> int:
 def _output_shape(model: nn.Module, example_inputs: Any) -> tuple[int, ...] | None:
     if example_inputs is None:
         return None
-    with torch.no_grad(), torch.random.fork_rng(), evaluating(model):
+    with torch.no_grad(), evaluating(model):
         output = first_tensor(call(model, to_device(example_inputs, device_of(model))))
     return None if output is None else tuple(output.shape)
 

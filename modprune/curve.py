@@ -1,0 +1,187 @@
+"""The modularity curve of a network: Q at the stem and after every block (Lu et al., ECCV 2022, sections 3 and 4)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modprune._files import write_text
+from modprune._inputs import call, device_of, evaluating, split_batch, take, to_device
+from modprune.blocks import Blocks, find_blocks
+from modprune.features import GIB, LayerGrams, Sample, draw
+from modprune.graph import WHOLE, check_k, feature_graph_from_gram, graph_modularity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class ModularityCurve:
+    """Q per layer.
+
+    Attributes:
+        layers: names of the points in forward order: the stem, then every block.
+        q: (repeats, layers) float64; every row from samples of its own.
+    """
+
+    layers: tuple[str, ...]
+    q: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(layers,): mean Q over the repeats."""
+        return self.q.mean(0)
+
+    @property
+    def std(self) -> np.ndarray:
+        """(layers,): standard deviation of Q over the repeats; 0 for a single one."""
+        return _std(self.q)
+
+    @property
+    def gain(self) -> np.ndarray:
+        """(layers - 1,): Q after each block minus Q before it, for `layers[1:]`."""
+        return np.diff(self.mean)
+
+    @property
+    def noise(self) -> np.ndarray:
+        """(layers - 1,): two standard errors of the gain. Gains are differences on the same samples, so the spread
+        between repeats that all layers share is not in it. 0 for a single repeat.
+        """
+        return 2 * _std(np.diff(self.q, axis=1)) / np.sqrt(len(self.q))
+
+    def plateaus(self) -> tuple[str, ...]:
+        """Blocks whose gain lies within the noise: they part the classes no further."""
+        return self._blocks(np.abs(self.gain) <= self.noise)
+
+    def degradations(self) -> tuple[str, ...]:
+        """Blocks whose gain lies below minus the noise: they mix the classes again."""
+        return self._blocks(self.gain < -self.noise)
+
+    def _blocks(self, which: np.ndarray) -> tuple[str, ...]:
+        return tuple(layer for layer, yes in zip(self.layers[1:], which, strict=True) if yes)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The curve as JSON text; written to `path` as well if given, in one step."""
+        data = {
+            "layers": list(self.layers),
+            "q": self.q.tolist(),
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+            "gain": self.gain.tolist(),
+            "plateaus": list(self.plateaus()),
+            "degradations": list(self.degradations()),
+        }
+        text = json.dumps(data, indent=2) + "\n"
+        if path is not None:
+            write_text(path, text)
+        return text
+
+    def plot(self, ax: Axes | None = None, removed: Sequence[str] = ()) -> Axes:
+        """Draw Q per layer with its spread as a band, plateaus and degradations shaded and `removed` blocks marked."""
+        from modprune.picture import plot_curve
+
+        return plot_curve(self, ax, removed)
+
+
+def modularity_curve(
+    model: nn.Module,
+    loader: Iterable[Any],
+    k: int = 3,
+    samples: int = 500,
+    repeats: int = 5,
+    example_inputs: Any = None,
+    *,
+    budget: int = GIB,
+) -> ModularityCurve:
+    """Q of the stem (the first layer with parameters) and of every residual block's output.
+
+    Calibration images come from the training set: a plan chosen on test images is leakage.
+
+    Args:
+        model: left as found: modes, device, RNG.
+        loader: `(inputs, labels, ...)` batches or dicts with `labels`; (B,) integer labels, one a sample.
+        k: neighbours of each sample.
+        samples: N, samples of each repeat, up to 8192. Repeats are disjoint as far as the loader lasts.
+        repeats: how many times.
+        example_inputs: to find the blocks with; one sample of the first batch if None.
+        budget: bytes that features may take at a time. Less of it takes more passes and gives the same numbers.
+
+    Raises:
+        ValueError: for `k`, `samples` or labels that do not fit, for NaN in the features (names the layer), for a model
+            without residual blocks, and for samples of fewer than two classes or fewer samples than classes.
+
+    Source: Lu et al. (ECCV 2022), section 3; its defaults are k = 3, N = 500, five repeats.
+    """
+    check_k(k, samples)
+    if samples > WHOLE:
+        raise ValueError(f"samples={samples}: at most {WHOLE} a repeat; use more repeats")
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: at least 1 is needed")
+    if example_inputs is None:
+        example_inputs = take(split_batch(next(iter(loader)))[0], 0, 1)
+    layers = points(model, find_blocks(model, example_inputs), example_inputs)
+    grams = LayerGrams(model, layers, budget)
+    with evaluating(model):
+        q = [_repeat(grams, sample, k) for sample in draw(loader, samples, repeats)]
+    return ModularityCurve(layers, np.array(q))
+
+
+def points(model: nn.Module, blocks: Blocks, example_inputs: Any) -> tuple[str, ...]:
+    """Names of the points of a curve: the first layer with parameters that runs, and every block.
+
+    Raises:
+        ValueError: if there is no block to measure after the stem.
+    """
+    if not blocks:
+        looked = f"; refused: {blocks.refused}" if blocks.refused else ""
+        raise ValueError(
+            f"{type(model).__name__} has no residual block whose output is shortcut(x) + branch(x){looked}"
+        )
+    return (_first_layer(model, example_inputs), *blocks.names)
+
+
+def _first_layer(model: nn.Module, example_inputs: Any) -> str:
+    ran: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in model.named_modules()
+        if not any(True for _ in module.children()) and any(True for _ in module.parameters())
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, to_device(example_inputs, device_of(model)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran[0]
+
+
+def _repeat(grams: LayerGrams, sample: Sample, k: int) -> list[float]:
+    labels = torch.cat([labels for _, labels in sample])
+    _check_classes(labels)
+    q = []
+    for layer, gram in grams(sample):
+        try:
+            q.append(graph_modularity(feature_graph_from_gram(gram, k), labels))
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {error}") from None
+    return q
+
+
+def _check_classes(labels: Tensor) -> None:
+    classes = len(labels.unique())
+    if classes < 2:
+        raise ValueError(f"all {len(labels)} samples are of one class, so nothing parts: shuffle the loader")
+    if classes == len(labels):
+        raise ValueError(f"{len(labels)} samples of as many classes: no two share one; raise samples")
+
+
+def _std(values: np.ndarray) -> np.ndarray:
+    return values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])

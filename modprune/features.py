@@ -1,0 +1,186 @@
+"""Running a model over a loader and handing out inner products of its features, within a memory budget.
+
+Q needs of a layer only the inner products of its samples, so features are dropped as soon as these are summed up. A
+layer is worked off in slabs of columns; what does not fit the budget at once is left to a further forward pass. The
+slabs do not depend on the budget, so neither do the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modprune._inputs import batch_size, call, device_of, evaluating, first_tensor, split_batch, take, to_device
+from modprune.graph import inner_products
+
+GIB = 2**30
+SLAB = 16384
+
+Sample = list[tuple[Any, Tensor]]
+"""Pieces of batches, `(inputs, labels)` each, that together hold the asked number of samples."""
+
+
+class Slab(NamedTuple):
+    """Columns `start` to `stop` of a layer's flattened features."""
+
+    layer: str
+    start: int
+    stop: int
+
+
+def draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
+    """`repeats` times `samples` labelled samples: disjoint, in the loader's order, as long as the loader lasts.
+
+    Where it holds fewer than samples x repeats, the rest are random subsets of all it holds, the same in every run.
+
+    Raises:
+        ValueError: if the loader holds fewer than `samples`, or gives no labels.
+    """
+    drawn = 0
+    for sample in _consecutive(loader, samples):
+        if drawn == repeats:
+            return
+        yield sample
+        drawn += 1
+    if drawn == repeats:
+        return
+    pool = [(take(x, i, i + 1), y[i : i + 1]) for x, y in map(_labelled, loader) for i in range(len(y))]
+    if len(pool) < samples:
+        raise ValueError(f"the loader holds {len(pool)} samples, {samples} are asked for: pass samples={len(pool)}")
+    for repeat in range(drawn, repeats):
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(repeat))
+        yield [pool[i] for i in order[:samples].tolist()]
+
+
+class LayerGrams:
+    """Inner products of a model's features, layer by layer.
+
+    Features lie in one allocation, `budget` bytes at most, that all passes and all samples share.
+
+    Args:
+        model: run in eval mode without gradients, on its own device; left as found.
+        layers: names of sub-modules; the first tensor of their output is the feature, one row a sample.
+        budget: bytes that features and their products may take, beside the forward pass itself.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], budget: int = GIB) -> None:
+        self.model, self.layers, self.budget = model, layers, budget
+        self._arena = torch.empty(0)
+
+    def __call__(self, sample: Sample) -> Iterator[tuple[str, Tensor]]:
+        """For each layer, in the given order, the (N, N) float32 inner products of the N flattened features.
+
+        Raises:
+            ValueError: if a layer is not called once in a pass, or has no row of features for each sample.
+        """
+        samples = sum(len(labels) for _, labels in sample)
+        with evaluating(self.model), torch.no_grad():
+            columns = self._columns(sample)
+            gram: Tensor | None = None
+            for slabs in _passes(columns, samples, self.budget):
+                features = self._collect(sample, slabs, samples)
+                # All products of a pass in one go: two thread pools (numpy's and torch's) in turns slow both down.
+                products = [inner_products(features[slab]) for slab in slabs]
+                for slab, product in zip(slabs, products, strict=True):
+                    gram = product if gram is None else gram.add_(product)
+                    if slab.stop == columns[slab.layer]:
+                        yield slab.layer, gram
+                        gram = None
+
+    def _columns(self, sample: Sample) -> dict[str, int]:
+        """How many values a sample has in each layer, from a pass of one sample."""
+        columns: dict[str, int] = {}
+        one = [(take(inputs, 0, 1), labels[:1]) for inputs, labels in sample[:1]]
+        self._run(one, self.layers, lambda layer, flat, _: columns.__setitem__(layer, flat.shape[1]))
+        return {layer: columns[layer] for layer in self.layers}
+
+    def _collect(self, sample: Sample, slabs: Sequence[Slab], samples: int) -> dict[Slab, Tensor]:
+        """One forward pass over the sample: for each slab its columns, (samples, width) float32, in the arena."""
+        widths = [slab.stop - slab.start for slab in slabs]
+        device = device_of(self.model)
+        if self._arena.numel() < samples * sum(widths) or self._arena.device != device:
+            self._arena = torch.empty(samples * sum(widths), device=device)
+        parts = self._arena[: samples * sum(widths)].split([samples * width for width in widths])
+        kept = {slab: part.view(samples, -1) for slab, part in zip(slabs, parts, strict=True)}
+
+        def keep(layer: str, flat: Tensor, row: int) -> None:
+            for slab, features in kept.items():
+                if slab.layer == layer:
+                    features[row : row + len(flat)] = flat[:, slab.start : slab.stop]
+
+        self._run(sample, dict.fromkeys(slab.layer for slab in slabs), keep)
+        return kept
+
+    def _run(self, sample: Sample, layers: Iterable[str], keep: Callable[[str, Tensor, int], None]) -> None:
+        """Forward all pieces; `keep(layer, features (B, M), row of the first)` at every layer."""
+        row, size, seen = 0, 0, dict.fromkeys(layers, 0)
+
+        def hook(layer: str, output: Any) -> None:
+            tensor = first_tensor(output)
+            if tensor is None or tensor.ndim < 2 or len(tensor) != size or not tensor.is_floating_point():
+                shape = None if tensor is None else tuple(tensor.shape)
+                raise ValueError(
+                    f"layer {layer}: output of shape {shape} has no row of features for each of {size} inputs"
+                )
+            seen[layer] += 1
+            keep(layer, tensor.flatten(1), row)
+
+        hooks = [
+            self.model.get_submodule(layer).register_forward_hook(lambda _, __, out, layer=layer: hook(layer, out))
+            for layer in seen
+        ]
+        try:
+            for inputs, labels in sample:
+                size = len(labels)
+                call(self.model, to_device(inputs, device_of(self.model)))
+                row += size
+        finally:
+            for handle in hooks:
+                handle.remove()
+        odd = [layer for layer, count in seen.items() if count != len(sample)]
+        if odd:
+            raise ValueError(
+                f"layer {odd[0]}: not called once in a forward pass, so it has no one feature; leave it out"
+            )
+
+
+def _passes(columns: dict[str, int], samples: int, budget: int) -> Iterator[list[Slab]]:
+    """Slabs of all layers in order, as many a pass as the budget holds; a single one is made to fit."""
+    width = max(1, min(SLAB, budget // (4 * samples) - samples))
+    batch: list[Slab] = []
+    free = budget
+    for slab in [Slab(layer, a, min(a + width, m)) for layer, m in columns.items() for a in range(0, m, width)]:
+        size = 4 * samples * (slab.stop - slab.start + samples)  # its features and its products
+        if batch and size > free:
+            yield batch
+            batch, free = [], budget
+        batch.append(slab)
+        free -= size
+    yield batch
+
+
+def _consecutive(loader: Iterable[Any], samples: int) -> Iterator[Sample]:
+    sample: Sample = []
+    missing = samples
+    for inputs, labels in map(_labelled, loader):
+        start = 0
+        while start < len(labels):
+            stop = min(len(labels), start + missing)
+            sample.append((take(inputs, start, stop), labels[start:stop]))
+            missing -= stop - start
+            start = stop
+            if missing == 0:
+                yield sample
+                sample, missing = [], samples
+
+
+def _labelled(batch: Any) -> tuple[Any, Tensor]:
+    inputs, labels = split_batch(batch)
+    if labels is None:
+        raise ValueError("the loader gives no labels, and modularity measures how labels part: give (inputs, labels)")
+    if labels.shape != (batch_size(inputs),):
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for {batch_size(inputs)} inputs: one each is needed")
+    return inputs, labels

@@ -1,0 +1,36 @@
+"""Remove whole redundant residual blocks from trained networks, chosen by graph modularity."""
+
+from modprune.blocks import Block, Blocks, find_blocks
+from modprune.cost import count_macs, count_params
+from modprune.criteria import BlockScores
+from modprune.curve import ModularityCurve, modularity_curve
+from modprune.evaluate import Evaluation, evaluate
+from modprune.finetune import CachedTeacher, finetune
+from modprune.graph import modularity
+from modprune.plan import PruningPlan
+from modprune.pruner import ModularityPruner
+from modprune.report import Report, compare
+from modprune.store import load, load_weights, save
+
+__all__ = [
+    "Block",
+    "BlockScores",
+    "Blocks",
+    "CachedTeacher",
+    "Evaluation",
+    "ModularityCurve",
+    "ModularityPruner",
+    "PruningPlan",
+    "Report",
+    "compare",
+    "count_macs",
+    "count_params",
+    "evaluate",
+    "find_blocks",
+    "finetune",
+    "load",
+    "load_weights",
+    "modularity",
+    "modularity_curve",
+    "save",
+]

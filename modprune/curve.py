@@ -98,6 +98,7 @@ def modularity_curve(
     repeats: int = 5,
     example_inputs: Any = None,
     *,
+    blocks: Blocks | None = None,
     budget: int = GIB,
 ) -> ModularityCurve:
     """Q of the stem (the first layer with parameters) and of every residual block's output.
@@ -111,6 +112,7 @@ def modularity_curve(
         samples: N, samples of each repeat, up to 8192. Repeats are disjoint as far as the loader lasts.
         repeats: how many times.
         example_inputs: to find the blocks with; one sample of the first batch if None.
+        blocks: those of `find_blocks`, where they are known already.
         budget: bytes that features may take at a time. Less of it takes more passes and gives the same numbers.
 
     Raises:
@@ -126,7 +128,7 @@ def modularity_curve(
         raise ValueError(f"repeats={repeats}: at least 1 is needed")
     if example_inputs is None:
         example_inputs = take(split_batch(next(iter(loader)))[0], 0, 1)
-    layers = points(model, find_blocks(model, example_inputs), example_inputs)
+    layers = points(model, find_blocks(model, example_inputs) if blocks is None else blocks, example_inputs)
     grams = LayerGrams(model, layers, budget)
     with evaluating(model):
         q = [_repeat(grams, sample, k) for sample in draw(loader, samples, repeats)]

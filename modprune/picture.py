@@ -1,0 +1,54 @@
+"""The picture of a modularity curve."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from modprune._files import write_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+    from modprune.curve import ModularityCurve
+
+BLUE, GREY, RED = "#1f5a96", "#8c8c8c", "#c8442f"
+
+
+def plot_curve(curve: ModularityCurve, ax: Axes | None = None, removed: Sequence[str] = ()) -> Axes:
+    """Mean Q per layer in a band of one standard deviation; plateaus grey, degradations red, removed blocks crossed."""
+    if ax is None:
+        from matplotlib.figure import Figure  # no pyplot: no window, no state of the user's is touched
+
+        ax = Figure(figsize=(max(6.0, 0.28 * len(curve.layers)), 4.2), layout="constrained").add_subplot()
+    x = range(len(curve.layers))
+    for names, colour, label in (
+        (curve.plateaus(), GREY, "plateau"),
+        (curve.degradations(), RED, "degradation"),
+    ):
+        for n, name in enumerate(names):
+            end = curve.layers.index(name)
+            ax.axvspan(end - 1, end, color=colour, alpha=0.22, lw=0, label=label if n == 0 else None)
+    ax.fill_between(x, curve.mean - curve.std, curve.mean + curve.std, color=BLUE, alpha=0.2, lw=0)
+    ax.plot(x, curve.mean, "o-", color=BLUE, ms=4, label=f"Q, mean and spread of {len(curve.q)}")
+    gone = [i for i, layer in enumerate(curve.layers) if layer in set(removed)]
+    if gone:
+        ax.plot(gone, curve.mean[gone], "x", color="black", ms=9, mew=2, label="removed", zorder=3)
+    ax.set_xticks(x, curve.layers, rotation=90, fontsize=8)
+    ax.set_xlim(-0.5, len(curve.layers) - 0.5)
+    ax.set_ylabel("modularity Q")
+    ax.grid(axis="y", alpha=0.3)
+    ax.legend(loc="upper left", frameon=False, fontsize=8)
+    return ax
+
+
+def save_picture(ax: Axes, path: str | Path) -> None:
+    """Write the figure of `ax` as a PNG, in one step."""
+    buffer = io.BytesIO()
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(buffer, format="png", dpi=150)
+    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,138 @@
+"""`ModularityPruner`: find the blocks, score them, choose, remove."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from modprune.blocks import Blocks, find_blocks
+from modprune.budget import Budget, Candidate, choose
+from modprune.cost import count_macs, count_params
+from modprune.criteria import BlockScores, Criterion, resolve
+from modprune.plan import PruningPlan
+
+
+class ModularityPruner:
+    """Removes the residual blocks with the least score, subject to a budget.
+
+    Args:
+        model: a bare module, changed by `step` alone.
+        example_inputs: a tensor, a tuple or a dict, as in torch-pruning.
+        loader: calibration batches `(inputs, labels, ...)` or dicts with `labels`, from the training set.
+        criterion: "modularity" or a callable (see `modprune.criteria`).
+        flops, params: fractions of MACs and parameters to remove, at least.
+        blocks: how many blocks to remove, exactly.
+        ignored_layers: modules or names that must stay: no block that is one, is inside one or holds one goes.
+        iterative_steps: 1 chooses all blocks from one measurement. With n > 1 the budget is met in n equal stages,
+            the network measured anew before each.
+
+    Raises:
+        ValueError: for budgets out of range, a model without removable blocks, an unknown criterion or layer.
+
+    >>> import torch
+    >>> from modprune.models import resnet20
+    >>> images, labels = torch.randn(600, 3, 8, 8), torch.arange(600) % 10
+    >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 100)
+    >>> pruner = ModularityPruner(resnet20(), torch.zeros(1, 3, 8, 8), loader, blocks=2)
+    >>> len(pruner.plan().remove)
+    2
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any],
+        criterion: str | Criterion = "modularity",
+        *,
+        flops: float | None = None,
+        params: float | None = None,
+        blocks: int | None = None,
+        ignored_layers: Sequence[nn.Module | str] = (),
+        iterative_steps: int = 1,
+    ) -> None:
+        if iterative_steps < 1:
+            raise ValueError(f"iterative_steps={iterative_steps}: at least 1 is needed")
+        self.model, self.example_inputs, self.loader = model, example_inputs, loader
+        self.criterion, self.budget = resolve(criterion), Budget(flops, params, blocks)
+        self.ignored, self.iterative_steps = _names(model, ignored_layers), iterative_steps
+        self.scores: BlockScores | None = None
+        self._plan: PruningPlan | None = None
+
+    def plan(self) -> PruningPlan:
+        """Measure and choose; the model stays whole. Measured once: the same plan comes again."""
+        if self._plan is None:
+            self._plan = self._make_plan()
+        return self._plan
+
+    def step(self) -> nn.Module:
+        """Remove the planned blocks from the model in place, prove that it runs, and return it."""
+        return self.plan().apply(self.model, self.example_inputs)
+
+    def _make_plan(self) -> PruningPlan:
+        totals = count_macs(self.model, self.example_inputs), count_params(self.model)
+        kinds = {block.name: block.kind for block in find_blocks(self.model, self.example_inputs)}
+        gone: list[Candidate] = []
+        model = self.model if self.iterative_steps == 1 else copy.deepcopy(self.model)
+        for stage in range(1, self.iterative_steps + 1):
+            blocks = find_blocks(model, self.example_inputs)
+            if not blocks:
+                raise ValueError(f"{type(model).__name__} has no block that can be removed; refused: {blocks.refused}")
+            scores = self.criterion(model, blocks, self.loader)
+            self.scores = self.scores or scores
+            candidates = _candidates(blocks, scores, self.ignored)
+            left = _left(self.budget, stage / self.iterative_steps, gone, totals)
+            if left is None:
+                continue
+            names = choose(candidates, left, *totals)
+            gone += [candidate for candidate in candidates if candidate.name in names]
+            if stage < self.iterative_steps:
+                PruningPlan(names, tuple(kinds[name] for name in names)).apply(model, self.example_inputs)
+        remove = tuple(name for name in kinds if name in {candidate.name for candidate in gone})
+        assert self.scores is not None
+        return PruningPlan(
+            remove=remove,
+            kinds=tuple(kinds[name] for name in remove),
+            criterion=getattr(self.criterion, "__name__", type(self.criterion).__name__),
+            scores=self.scores.mean,
+            freed={"flops": sum(c.macs for c in gone) / totals[0], "params": sum(c.params for c in gone) / totals[1]},
+        )
+
+
+def _candidates(blocks: Blocks, scores: BlockScores, ignored: frozenset[str]) -> list[Candidate]:
+    missing = [name for name in blocks.names if name not in scores.names]
+    if missing:
+        raise ValueError(f"the criterion gave no score for block {missing[0]}")
+    return [
+        Candidate(block.name, scores.mean[block.name], block.macs, block.params)
+        for block in blocks
+        if not any(block.name == name or _inside(block.name, name) or _inside(name, block.name) for name in ignored)
+    ]
+
+
+def _left(budget: Budget, share: float, gone: Sequence[Candidate], totals: tuple[int, int]) -> Budget | None:
+    """What of `share` of the budget is still to be met after the blocks gone so far; None if nothing."""
+    flops = budget.flops and budget.flops * share - sum(c.macs for c in gone) / totals[0]
+    params = budget.params and budget.params * share - sum(c.params for c in gone) / totals[1]
+    blocks = budget.blocks and round(budget.blocks * share) - len(gone)
+    needed = [value if value is not None and value > 0 else None for value in (flops, params, blocks)]
+    return Budget(*needed) if any(needed) else None  # type: ignore[arg-type]
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name.startswith(outer + ".")
+
+
+def _names(model: nn.Module, layers: Sequence[nn.Module | str]) -> frozenset[str]:
+    by_module = {module: name for name, module in model.named_modules()}
+    known = set(by_module.values())
+    names = set()
+    for layer in layers:
+        name = layer if isinstance(layer, str) else by_module.get(layer) if isinstance(layer, nn.Module) else None
+        if name is None or name not in known:
+            raise ValueError(f"ignored_layers: {layer!r:.60} is no module of the model: give modules or their names")
+        names.add(name)
+    return frozenset(names)

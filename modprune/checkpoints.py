@@ -35,3 +35,9 @@ def load_newest(accelerator: Any, folder: Path) -> None:
 def states(folder: Path) -> list[Path]:
     """The whole states in `folder`, oldest first."""
     return sorted(folder.glob(f"{PREFIX}[0-9]*"))
+
+
+def check_empty(folder: Path) -> None:
+    """Raises ValueError if `folder` holds states: a later resume could not tell two runs apart."""
+    if states(folder):
+        raise ValueError(f"{folder}: holds an unfinished run: resume it, or give another folder")

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from modprune._inputs import call, device_of, evaluating, first_tensor, split_batch, to_device
-from modprune.checkpoints import load_newest, save_state
+from modprune.checkpoints import check_empty, load_newest, save_state
 from modprune.data import ImageLoader, set_epoch
 from modprune.evaluate import evaluate
 
@@ -104,12 +104,15 @@ def finetune(
         recipe: the fields of `Recipe`: epochs, lr, momentum, weight_decay, warmup, distill, temperature.
 
     Raises:
-        ValueError: for arguments out of range, or a state saved by a run with another recipe.
+        ValueError: for arguments out of range, or a folder with states of an unfinished run without
+            `resume`, or of one with another recipe.
         RuntimeError: if the loss stops being finite; names epoch and step. Earlier checkpoints stay.
     """
     constants = Recipe(**recipe)  # type: ignore[arg-type]
     if resume and checkpoints is None:
         raise ValueError("resume=True needs checkpoints=FOLDER: the folder that the run to go on with wrote to")
+    if checkpoints is not None and not resume:
+        check_empty(Path(checkpoints))
     run = _Run(model, train_loader, teacher, constants)
     with _training(model, run.accelerator), _teaching(teacher) as teach:
         run.prepare()

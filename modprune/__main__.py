@@ -1,0 +1,5 @@
+"""`python -m modprune`."""
+
+from modprune.cli import main
+
+main()

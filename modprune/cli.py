@@ -1,0 +1,234 @@
+"""The command line: parse, one public call, print or write."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from modprune.data import ImageData
+
+MODEL_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+DATA_NAMES = ("cifar10", "digits")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # an error is one line, not a box
+    help="Remove whole redundant residual blocks from trained networks, chosen by graph modularity.",
+)
+
+
+def _one_of(choices: tuple[str, ...]) -> Any:
+    def check(value: str) -> str:
+        if value not in choices:
+            raise typer.BadParameter(f"{value!r} is unknown: give one of {', '.join(choices)}")
+        return value
+
+    return check
+
+
+def _fraction(value: float | None) -> float | None:
+    if value is not None and not 0 < value < 1:
+        raise typer.BadParameter(f"{value} is no fraction between 0 and 1, such as 0.6 for 60 %")
+    return value
+
+
+Model = Annotated[str, typer.Option(help=f"Network: {', '.join(MODEL_NAMES)}.", callback=_one_of(MODEL_NAMES))]
+Weights = Annotated[Path, typer.Option(help="Its trained weights: a .th, .pt or .safetensors file.")]
+Data = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATA_NAMES)}.", callback=_one_of(DATA_NAMES))]
+DataDir = Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-py; digits need none.")]
+Flops = Annotated[float | None, typer.Option(help="Fraction of MACs to remove, at least.", callback=_fraction)]
+Params = Annotated[float | None, typer.Option(help="Fraction of parameters to remove, at least.", callback=_fraction)]
+Count = Annotated[int | None, typer.Option("--blocks", min=1, help="How many blocks to remove, exactly.")]
+Seed = Annotated[int, typer.Option(help="Of calibration images, their order and augmentation.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file as well.")]
+K = Annotated[int, typer.Option(min=1, help="Neighbours of each sample in the feature graph.")]
+Samples = Annotated[int, typer.Option(min=2, help="Images a repeat.")]
+Repeats = Annotated[int, typer.Option(min=1, help="How many times to measure, on other images each time.")]
+
+
+@app.command()
+def blocks(model: Model, data: Data = "cifar10", json_: Json = None) -> None:
+    """List the residual blocks of a network: what can be removed, and what that would free."""
+    import torch
+
+    from modprune import count_macs, count_params, find_blocks
+
+    network, size = _network(model), 8 if data == "digits" else 32
+    example = torch.zeros(1, 3, size, size)
+    found = find_blocks(network, example)
+    macs, params = count_macs(network, example), count_params(network)
+    print(f"{'block':<12} {'kind':<11} {'parameters':>10} {'of all':>7} {'MACs':>10} {'of all':>7}")
+    for b in found:
+        share = b.params / params, b.macs / macs
+        print(f"{b.name:<12} {b.kind:<11} {b.params:>10,} {share[0]:>7.2%} {b.macs / 1e6:>8.3f} M {share[1]:>7.2%}")
+    for name, reason in found.refused.items():
+        print(f"{name:<12} stays: {reason}")
+    print(f"{len(found)} blocks; the network has {params:,} parameters and {macs / 1e6:.3f} M MACs")
+    _write(json_, {"blocks": [asdict(b) for b in found], "refused": found.refused, "params": params, "macs": macs})
+
+
+@app.command()
+def curve(
+    model: Model, weights: Weights, data: Data = "cifar10", data_dir: DataDir = Path("data"), k: K = 3,
+    samples: Samples = 500, repeats: Repeats = 5, seed: Seed = 0, device: Device = "auto",
+    picture: Annotated[Path | None, typer.Option(help="Draw the curve to this PNG file as well.")] = None,
+    json_: Json = None,
+) -> None:  # fmt: skip
+    """Measure the modularity Q of every layer on training images: where the classes part, and where nothing happens."""
+    from modprune import modularity_curve
+    from modprune.data import ImageLoader
+    from modprune.picture import save_picture
+
+    network, train = _loaded(model, weights, device), _data(data, data_dir, train=True)
+    loader = ImageLoader(train, 125, shuffle=True, seed=seed, device=_device(device))
+    result = modularity_curve(network, loader, k, samples, repeats)
+    flat, falling = result.plateaus(), result.degradations()
+    print(f"{'layer':<12} {'Q':>8} {'spread':>8} {'gain':>8}")
+    gains = [None, *result.gain]
+    for name, q, std, gain in zip(result.layers, result.mean, result.std, gains, strict=True):
+        word = "plateau" if name in flat else "degradation" if name in falling else ""
+        print(f"{name:<12} {q:>8.4f} {std:>8.4f} {'' if gain is None else f'{gain:+.4f}':>8}  {word}".rstrip())
+    if picture is not None:
+        save_picture(result.plot(), picture)
+    if json_ is not None:
+        result.to_json(json_)
+
+
+@app.command()
+def plan(
+    model: Model, weights: Weights, data: Data = "cifar10", data_dir: DataDir = Path("data"), flops: Flops = None,
+    params: Params = None, count: Count = None, seed: Seed = 0, device: Device = "auto", json_: Json = None,
+) -> None:  # fmt: skip
+    """Choose the blocks to remove; nothing is changed. The JSON is the plan that PruningPlan.from_json reads."""
+    import torch
+
+    from modprune import ModularityPruner
+    from modprune.data import ImageLoader
+
+    _need_budget(flops, params, count)
+    network, train = _loaded(model, weights, device), _data(data, data_dir, train=True)
+    loader = ImageLoader(train, 125, shuffle=True, seed=seed, device=_device(device))
+    example = torch.zeros(1, *train.images.shape[1:])
+    chosen = ModularityPruner(network, example, loader, flops=flops, params=params, blocks=count).plan()
+    for name, score in chosen.scores.items():
+        print(f"{name:<12} {score:+.4f}  {'remove' if name in chosen.remove else ''}".rstrip())
+    freed = chosen.freed
+    print(f"{len(chosen.remove)} blocks go: {freed['flops']:.2%} of the MACs, {freed['params']:.2%} of the parameters")
+    if json_ is not None:
+        chosen.to_json(json_)
+
+
+@app.command()
+def prune(
+    model: Model, weights: Weights, out: Annotated[Path, typer.Option(help="Folder for all results.")],
+    data: Data = "cifar10", data_dir: DataDir = Path("data"), flops: Flops = None, params: Params = None,
+    count: Count = None,
+    epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 stops before it.")] = 40,
+    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 0.1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
+    seed: Seed = 0, device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+) -> None:  # fmt: skip
+    """The whole job: measure, plan, remove, fine-tune with the unpruned network as teacher, report.
+
+    Writes plan.json, curve.json, curve.png, model.safetensors, report.json and report.md to --out.
+    """
+    from modprune.finetune import Recipe
+    from modprune.job import prune_job
+
+    _need_budget(flops, params, count)
+    network = _loaded(model, weights, device)
+    train, test = _data(data, data_dir, train=True), _data(data, data_dir, train=False)
+    recipe = Recipe(epochs=epochs, lr=lr) if epochs else None
+    pad = 4 if data == "cifar10" else 1
+    try:
+        report = prune_job(
+            network, train, test, out, flops=flops, params=params, blocks=count, recipe=recipe,
+            batch_size=batch_size, pad=pad, seed=seed, resume=resume,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print("modprune: interrupted; the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(report)
+    print(f"Written to {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="A model that modprune saved (.safetensors).")],
+    data: Data = "cifar10", data_dir: DataDir = Path("data"), device: Device = "auto", json_: Json = None,
+) -> None:  # fmt: skip
+    """Top-1, Top-5 and loss of a saved model on the test images."""
+    import modprune
+    from modprune.data import ImageLoader
+
+    network = modprune.load(model).to(_device(device))
+    result = modprune.evaluate(network, ImageLoader(_data(data, data_dir, train=False), 500, device=_device(device)))
+    print(f"Top-1 {result.top1:.2f} %  Top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.samples} images")
+    _write(json_, asdict(result))
+
+
+def main() -> None:
+    """The `modprune` command: 2 for wrong usage, 1 for every other error, one line each."""
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"modprune: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _need_budget(flops: float | None, params: float | None, count: int | None) -> None:
+    if flops is None and params is None and count is None:
+        raise typer.BadParameter("say how much to remove: --flops, --params or --blocks")
+
+
+def _network(name: str) -> nn.Module:
+    from modprune.models import MODELS
+
+    return MODELS[name]()
+
+
+def _loaded(name: str, weights: Path, device: str) -> nn.Module:
+    from modprune import load_weights
+
+    return load_weights(_network(name), weights).to(_device(device))
+
+
+def _data(name: str, folder: Path, train: bool) -> ImageData:
+    from modprune.data import cifar10, digits
+
+    return digits(train) if name == "digits" else cifar10(folder, train)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def _write(path: Path | None, data: Any) -> None:
+    from modprune._files import write_text
+
+    if path is not None:
+        write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

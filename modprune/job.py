@@ -1,0 +1,101 @@
+"""The main job, end to end: measure, plan, remove, fine-tune with the unpruned network as teacher, report."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modprune._files import write_text
+from modprune._inputs import device_of
+from modprune.checkpoints import check_empty
+from modprune.data import ImageData, ImageLoader
+from modprune.finetune import CachedTeacher, Recipe, finetune
+from modprune.picture import save_picture
+from modprune.plan import PruningPlan
+from modprune.pruner import ModularityPruner
+from modprune.report import Report, compare
+from modprune.store import save
+
+# The teacher sees each image under this many crops, then its logits are reused: see `CachedTeacher`.
+VIEWS = 8
+
+
+def prune_job(
+    model: nn.Module,
+    train: ImageData,
+    test: ImageData,
+    out: str | Path,
+    *,
+    flops: float | None = None,
+    params: float | None = None,
+    blocks: int | None = None,
+    recipe: Recipe | None = None,
+    batch_size: int = 128,
+    pad: int = 4,
+    seed: int = 0,
+    resume: bool = False,
+) -> Report:
+    """Prune an image classifier and recover it; the original stays as it was.
+
+    Writes to `out`: `plan.json`, `curve.json`, `curve.png`, `model.safetensors`, `report.json`, `report.md`; while it
+    trains also `checkpoints/`. Files are whole or not there at any moment.
+
+    Args:
+        model: on the device to work on.
+        train: for calibration and fine-tuning; nothing is chosen by `test`, which the report is measured on.
+        test: as `train`.
+        out: a folder, made if needed.
+        flops, params, blocks: the budget, see `ModularityPruner`.
+        recipe: of the fine-tuning; None leaves it out.
+        batch_size, pad: of the training images, see `ImageLoader`.
+        seed: of calibration images, order and augmentation.
+        resume: go on from the newest checkpoint in `out`, to the result of an uninterrupted run.
+
+    Raises:
+        ValueError: for a budget that cannot be met, or a folder with an unfinished run without `resume`.
+        OSError: if `out` cannot be written.
+    """
+    out, device = Path(out), device_of(model)
+    checkpoints = out / "checkpoints"
+    if not resume:
+        check_empty(checkpoints)  # before the minutes of measuring, not after
+    example = torch.zeros(1, *train.images.shape[1:], device=device)
+    plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
+    if plan is None:
+        plan = _measure(model, train, out, example, seed, flops=flops, params=params, blocks=blocks)
+    pruned = plan.apply(copy.deepcopy(model), example)
+    if recipe is not None:
+        loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device, views=VIEWS)
+        teacher = CachedTeacher(model, loader)
+        pruned.to(memory_format=torch.channels_last)
+        finetune(pruned, loader, teacher=teacher, checkpoints=checkpoints, resume=resume, **asdict(recipe))
+    report = compare(model, pruned, example, ImageLoader(test, 500, device=device))
+    save(pruned, out / "model.safetensors")
+    report.to_json(out / "report.json")
+    write_text(out / "report.md", f"# Pruned by modularity\n\n{report.to_markdown()}\n{_story(plan)}")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return report
+
+
+def _measure(
+    model: nn.Module, train: ImageData, out: Path, example: torch.Tensor, seed: int, **budget: float | int | None
+) -> PruningPlan:
+    loader = ImageLoader(train, 125, shuffle=True, seed=seed, device=device_of(model))
+    pruner = ModularityPruner(model, example, loader, **budget)  # type: ignore[arg-type]
+    plan = pruner.plan()
+    if pruner.scores is not None and pruner.scores.curve is not None:
+        curve = pruner.scores.curve
+        curve.to_json(out / "curve.json")
+        save_picture(curve.plot(removed=plan.remove), out / "curve.png")
+    plan.to_json(out / "plan.json")
+    return plan
+
+
+def _story(plan: PruningPlan) -> str:
+    names = ", ".join(f"`{name}`" for name in plan.remove)
+    return f"Removed {len(plan.remove)} blocks by {plan.criterion}: {names}.\n\n![curve](curve.png)\n"

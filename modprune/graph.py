@@ -73,7 +73,7 @@ def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
     rows = features.detach().flatten(1)
     rows = rows if rows.dtype == torch.float64 else rows.float()
     norms = _norms(rows)
-    if _unsafe(norms):
+    if _unsafe(rows, norms):
         rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         norms = _norms(rows)
     inverse = _inverse(norms)
@@ -140,9 +140,10 @@ def _check_finite(values: Tensor, names: Tensor | None = None) -> None:
         raise ValueError(f"the features of sample {sample} hold NaN or infinity: check the model and its inputs")
 
 
-def _unsafe(norms: Tensor) -> bool:
+def _unsafe(rows: Tensor, norms: Tensor) -> bool:
+    """Whether a product of norms may overflow or vanish; a norm of 0 may be a row of zeros or one that has vanished."""
     low, high = SAFE_NORMS
-    return bool(((norms < low) & (norms > 0)).any() or (norms > high).any())
+    return bool((norms > high).any() or rows[norms < low].any())
 
 
 def _inverse(norms: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The main job in one and a half minutes on two cores, without network or files: scikit-learn's handwritten digits.
 
-Trains a ResNet32, measures its modularity curve, removes blocks worth 40 % of the MACs, fine-tunes with the unpruned
+Trains a ResNet32, measures its modularity curve, removes seven of its fifteen blocks, fine-tunes with the unpruned
 network as teacher, and writes the report. Copy it and put your own network and data in.
 """
 
@@ -15,8 +15,9 @@ from modprune.finetune import Recipe
 from modprune.job import prune_job
 from modprune.models import resnet32
 
-TRAIN_EPOCHS = 12  # enough for about 98 % Top-1 on 8x8 digits
-RECOVERY = Recipe(epochs=10, lr=0.05)
+TRAIN_EPOCHS = 24
+RECOVERY = Recipe(epochs=16, lr=0.05)
+BLOCKS = 7  # of 15: an exact number, where `flops=0.45` would also take every further block that lowers Q
 PAD = 1  # of 8 pixels; a shift of more than one makes other digits of them
 SEED = 0
 
@@ -30,7 +31,7 @@ def main(out: Path) -> None:
     loader = ImageLoader(train, 64, pad=PAD, shuffle=True, seed=SEED)
     modprune.finetune(network, loader, epochs=TRAIN_EPOCHS)
     print("Measuring, pruning, fine-tuning")
-    report = prune_job(network, train, test, out, flops=0.4, recipe=RECOVERY, batch_size=64, pad=PAD, seed=SEED)
+    report = prune_job(network, train, test, out, blocks=BLOCKS, recipe=RECOVERY, batch_size=64, pad=PAD, seed=SEED)
     print(f"\n{report}\n\nWritten to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 

@@ -126,11 +126,11 @@ def modularity_curve(
         raise ValueError(f"samples={samples}: at most {WHOLE} a repeat; use more repeats")
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least 1 is needed")
-    if example_inputs is None:
-        example_inputs = take(split_batch(next(iter(loader)))[0], 0, 1)
-    layers = points(model, find_blocks(model, example_inputs) if blocks is None else blocks, example_inputs)
-    grams = LayerGrams(model, layers, budget)
     with evaluating(model):
+        if example_inputs is None:
+            example_inputs = take(split_batch(next(iter(loader)))[0], 0, 1)
+        layers = points(model, find_blocks(model, example_inputs) if blocks is None else blocks, example_inputs)
+        grams = LayerGrams(model, layers, budget)
         q = [_repeat(grams, sample, k) for sample in draw(loader, samples, repeats)]
     return ModularityCurve(layers, np.array(q))
 

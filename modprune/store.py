@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickle protocols: what cannot be read is an error below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; give the checkpoint of the network") from None
     except IsADirectoryError:
@@ -126,7 +129,9 @@ def _read_torch(path: Path) -> Any:
                 f"{path}: loading it would run code from the file; refused. Save only model.state_dict() to it"
             ) from None
         raise ValueError(f"{path}: not a PyTorch file of weights, or a truncated one; get it anew") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError):
+    except PermissionError as error:
+        raise PermissionError(f"{path}: cannot be read ({error.strerror})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError, OSError):
         raise ValueError(f"{path}: not a PyTorch file of weights, or a truncated one; get it anew") from None
 
 

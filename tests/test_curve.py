@@ -1,0 +1,148 @@
+"""The curve against Q of plainly hooked features, at any memory budget."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from modprune.curve import ModularityCurve, modularity_curve
+from modprune.data import ImageLoader, cifar10
+from modprune.features import LayerGrams, draw
+from modprune.graph import modularity
+from modprune.models import resnet20
+from modprune.store import load_weights
+
+
+def loader(samples: int, batch: int = 17, classes: int = 4, form: str = "tuple"):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, 3, 8, 8, generator=generator)
+    batches = list(DataLoader(TensorDataset(x, torch.arange(samples) % classes), batch))
+    return [{"x": a, "labels": b} for a, b in batches] if form == "dict" else batches
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return resnet20()
+
+
+def hooked(model: nn.Module, x: torch.Tensor, layers: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    features: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.get_submodule(n).register_forward_hook(lambda _, __, o, n=n: features.__setitem__(n, o.clone()))
+        for n in layers
+    ]
+    with torch.no_grad():
+        model.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return features
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_every_point_equals_q_of_the_hooked_feature(form):
+    model, batches = network(), loader(120)
+    curve = modularity_curve(model, loader(120, form=form), samples=60, repeats=2)
+    assert curve.layers == ("conv1", *(f"layer{s}.{b}" for s in (1, 2, 3) for b in range(3)))
+    x, y = torch.cat([a for a, _ in batches]), torch.cat([b for _, b in batches])
+    for repeat in range(2):
+        part = slice(60 * repeat, 60 * (repeat + 1))
+        for i, (_, feature) in enumerate(hooked(model, x[part], curve.layers).items()):
+            assert curve.q[repeat, i] == pytest.approx(modularity(feature, y[part]), abs=1e-6)
+
+
+def test_less_memory_takes_more_passes_and_gives_the_same_numbers():
+    model, passes = network(), []
+    hook = model.linear.register_forward_hook(lambda *_: passes.append(1))
+    ample = modularity_curve(model, loader(64), samples=64, repeats=1)
+    few = len(passes)
+    passes.clear()
+    tight = modularity_curve(model, loader(64), samples=64, repeats=1, budget=4 * 64 * (1024 + 64))
+    assert len(passes) > 2 * few
+    assert np.array_equal(ample.q, tight.q)
+    tighter = modularity_curve(model, loader(64), samples=64, repeats=1, budget=4 * 64 * (100 + 64))
+    assert np.abs(tighter.q - ample.q).max() < 1e-6
+    hook.remove()
+
+
+def test_features_stay_below_the_budget():
+    budget = 4 * 64 * (1024 + 64)
+    grams = LayerGrams(network(), ("conv1", "layer1.0", "layer2.0"), budget)
+    for sample in draw(loader(64), 64, 1):
+        for _ in grams(sample):
+            assert grams._arena.numel() * 4 <= budget
+
+
+def test_samples_are_disjoint_then_random_but_the_same_each_time():
+    batches = loader(50)
+    sets = [torch.cat([x for x, _ in sample])[:, 0, 0, 0].tolist() for sample in draw(batches, 20, 4)]
+    again = [torch.cat([x for x, _ in sample])[:, 0, 0, 0].tolist() for sample in draw(batches, 20, 4)]
+    assert sets == again
+    assert all(len(set(chosen)) == 20 for chosen in sets)
+    assert not set(sets[0]) & set(sets[1])
+    assert sets[2] != sets[3]
+
+
+def test_the_model_is_left_as_found():
+    model = network().train()
+    model.layer2.eval()
+    modes = [m.training for m in model.modules()]
+    mean = model.bn1.running_mean.clone()
+    shuffled = DataLoader(TensorDataset(torch.randn(40, 3, 8, 8), torch.arange(40) % 2), 8, shuffle=True)
+    random = torch.get_rng_state()
+    modularity_curve(model, shuffled, samples=40, repeats=1)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(model.bn1.running_mean, mean)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 60, "samples": 60}, "k=60 with 60 samples"),
+        ({"samples": 130}, "holds 120 samples, 130 are asked for: pass samples=120"),
+        ({"samples": 4, "k": 1}, "4 samples of as many classes"),
+        ({"samples": 9000}, "at most 8192"),
+        ({"repeats": 0}, "repeats=0"),
+    ],
+)
+def test_errors_name_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        modularity_curve(network(), loader(120), **arguments)
+
+
+def test_one_class_nan_and_missing_labels_are_errors():
+    model = network()
+    with pytest.raises(ValueError, match="of one class"):
+        modularity_curve(model, loader(60, classes=1), samples=60, repeats=1)
+    with pytest.raises(ValueError, match="gives no labels"):
+        modularity_curve(model, [torch.zeros(60, 3, 8, 8)], samples=60, repeats=1)
+    with torch.no_grad():
+        model.layer2[1].bn2.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"layer layer2\.1: the features of sample 0 hold NaN"):
+        modularity_curve(model, loader(60), samples=60, repeats=1)
+    with pytest.raises(ValueError, match="Sequential has no residual block"):
+        modularity_curve(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), loader(60), samples=60, repeats=1)
+
+
+def test_plateaus_and_degradations_are_gains_within_and_below_the_noise():
+    q = np.array([[0.1, 0.3, 0.31, 0.2, 0.4], [0.1, 0.32, 0.31, 0.22, 0.4]])
+    curve = ModularityCurve(tuple("abcde"), q)
+    assert curve.gain == pytest.approx([0.21, 0, -0.1, 0.19])
+    assert curve.plateaus() == ("c",)
+    assert curve.degradations() == ("d",)
+    data = json.loads(curve.to_json())
+    assert data["layers"] == list("abcde")
+    assert np.array(data["q"]) == pytest.approx(q)
+
+
+def test_q_rises_along_the_public_resnet20(cifar10_dir, checkpoint):
+    model = load_weights(resnet20(), checkpoint("resnet20"))
+    curve = modularity_curve(model, ImageLoader(cifar10(cifar10_dir, True), 100, shuffle=True), samples=200, repeats=2)
+    assert curve.mean[-1] > 0.7
+    assert curve.mean[-1] > curve.mean[3] + 0.3

@@ -1,0 +1,85 @@
+"""Batches on the device equal torchvision's transforms, image by image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from torchvision.datasets import CIFAR10
+
+from modprune.data import ImageData, ImageLoader, cifar10, digits
+
+
+def images(count: int = 20, size: int = 8) -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    return ImageData(pixels, torch.arange(count) % 4, 4, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+
+
+def test_crops_and_flips_equal_torchvision():
+    data = images()
+    loader = ImageLoader(data, 20, pad=2)
+    crops = loader._crops()
+    ((x, y, index),) = loader
+    assert torch.equal(y, data.labels)
+    for i in range(20):
+        row, column, flip = crops[i].tolist()
+        image = TF.crop(TF.pad(data.images[i], 2), row, column, 8, 8)
+        image = TF.hflip(image) if flip else image
+        expected = TF.normalize(image / 255, data.mean, data.std)
+        assert torch.allclose(x[index == i][0], expected, atol=1e-6)
+    assert len({tuple(crop) for crop in crops.tolist()}) > 5
+
+
+def test_an_epoch_depends_on_seed_and_number_alone():
+    def epoch(seed: int, number: int, **options):
+        loader = ImageLoader(images(), 8, pad=2, shuffle=True, seed=seed, **options)
+        loader.set_epoch(number)
+        return torch.cat([x for x, _, _ in loader])
+
+    assert torch.equal(epoch(0, 3), epoch(0, 3))
+    assert not torch.equal(epoch(0, 3), epoch(0, 4))
+    assert not torch.equal(epoch(0, 3), epoch(1, 3))
+
+
+def test_views_repeat_the_augmentation_and_not_the_order():
+    loader = ImageLoader(images(), 20, pad=2, shuffle=True, views=2)
+    epochs = []
+    for _ in range(3):
+        ((x, _, index),) = loader
+        epochs.append((x[index.argsort()], index))
+    assert torch.equal(epochs[0][0], epochs[2][0])
+    assert not torch.equal(epochs[0][0], epochs[1][0])
+    assert not torch.equal(epochs[0][1], epochs[2][1])
+
+
+def test_training_drops_the_last_batch_and_testing_keeps_it():
+    assert [len(y) for _, y, _ in ImageLoader(images(), 8, shuffle=True)] == [8, 8]
+    assert [len(y) for _, y, _ in ImageLoader(images(), 8)] == [8, 8, 4]
+    assert [len(ImageLoader(images(), 8, shuffle=shuffle)) for shuffle in (True, False)] == [2, 3]
+
+
+def test_cifar10_is_torchvisions(cifar10_dir):
+    data, reference = cifar10(cifar10_dir, train=False), CIFAR10(str(cifar10_dir), train=False)
+    assert data.images.shape == (10_000, 3, 32, 32)
+    assert data.labels.tolist() == reference.targets
+    assert torch.equal(data.images[7], TF.pil_to_tensor(reference[7][0]))
+
+
+def test_a_missing_or_altered_folder_is_one_line(tmp_path, cifar10_dir):
+    with pytest.raises(FileNotFoundError, match="no intact CIFAR-10 there"):
+        cifar10(tmp_path, train=True)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for file in (cifar10_dir / "cifar-10-batches-py").iterdir():
+        (tmp_path / "cifar-10-batches-py" / file.name).write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FileNotFoundError, match="checksum is wrong"):
+        cifar10(tmp_path, train=True)
+
+
+def test_digits_are_split_once():
+    train, test = digits(True), digits(False)
+    assert len(train) + len(test) == 1797
+    assert train.images.shape[1:] == (3, 8, 8)
+    scaled = train.images[:, 0].float() / 255
+    assert scaled.mean().item() == pytest.approx(train.mean[0], abs=0.01)
+    assert scaled.std().item() == pytest.approx(train.std[0], abs=0.01)

@@ -1,0 +1,39 @@
+"""Accuracy by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from modprune.evaluate import evaluate
+
+
+class Given(nn.Module):
+    """Gives its inputs back as logits."""
+
+    def forward(self, x):
+        return {"logits": x}
+
+
+def test_by_hand():
+    logits = torch.tensor([[9.0, 1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 4], [0, 1, 2, 3, 4, 5.0]])
+    labels = torch.tensor([0, 5, 4])
+    result = evaluate(Given().train(), [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
+    assert (result.top1, result.correct, result.samples) == (pytest.approx(100 / 3), 1, 3)
+    assert result.top5 == pytest.approx(200 / 3)
+    assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        ([(torch.zeros(2, 3), torch.tensor([0, 3]))], ValueError, r"labels from 0 to 3 with 3 classes"),
+        ([(torch.full((2, 3), torch.nan), torch.tensor([0, 1]))], RuntimeError, "gives NaN"),
+        ([], ValueError, "no batch"),
+        ([torch.zeros(2, 3)], ValueError, "needs logits"),
+    ],
+)
+def test_errors(batches, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(Given(), batches)

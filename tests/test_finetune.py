@@ -1,0 +1,137 @@
+"""Fine-tuning: its loss and schedule by hand, resume, teachers, and stopping on NaN."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import modprune.finetune as module
+from modprune.data import ImageLoader, digits
+from modprune.finetune import CachedTeacher, Recipe, distillation_loss, finetune, warmup_cosine
+from modprune.models import CifarResNet
+
+DATA = digits(True).subset(torch.arange(256))
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return CifarResNet((1, 1, 1))
+
+
+def loader(views: int = 0) -> ImageLoader:
+    return ImageLoader(DATA, 64, pad=1, shuffle=True, views=views)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_it_learns_and_returns_what_it_measured():
+    model = network().eval()
+    history = finetune(model, loader(), loader(), epochs=6, lr=0.05, progress=False)
+    assert history[-1].loss < 0.6 * history[0].loss
+    assert history[-1].top1 is not None
+    assert history[-1].top1 > 60
+    assert history[-1].lr == pytest.approx(0)
+    assert not model.training
+    assert "forward" not in model.__dict__
+
+
+def test_the_loss_by_hand():
+    student, teacher, labels = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    p, q = F.softmax(teacher / 2, 1), F.softmax(student / 2, 1)
+    by_hand = 0.7 * 4 * (p * (p / q).log()).sum(1).mean() + 0.3 * F.cross_entropy(student, labels)
+    assert distillation_loss(student, labels, teacher, 0.7, 2.0) == pytest.approx(by_hand.item(), rel=1e-5)
+    assert distillation_loss(student, labels, None, 0.7, 2.0) == F.cross_entropy(student, labels)
+    assert distillation_loss(teacher, None, teacher, 1.0, 2.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_rate_rises_then_falls_to_zero():
+    rates = [warmup_cosine(step, 10, 100) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10] == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == 0
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
+    def run(**options):
+        student, teacher, data = network(), network(1), loader(views=2)
+        return student, finetune(
+            student, data, teacher=CachedTeacher(teacher, data), epochs=4, progress=False, **options
+        )
+
+    whole, history = run()
+    save = module.save_state
+
+    def die(accelerator, folder, epoch):
+        save(accelerator, folder, epoch)
+        if epoch == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_state", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoints=tmp_path)
+    monkeypatch.setattr(module, "save_state", save)
+    with pytest.raises(ValueError, match="holds an unfinished run"):
+        run(checkpoints=tmp_path)
+    resumed, again = run(checkpoints=tmp_path, resume=True)
+    assert same(whole, resumed)
+    assert [e.loss for e in again] == [e.loss for e in history]
+    with pytest.raises(ValueError, match="of a run with"):
+        finetune(network(), loader(), epochs=9, checkpoints=tmp_path, resume=True, progress=False)
+
+
+def test_a_cached_teacher_says_what_the_teacher_says_and_looks_once():
+    teacher, data = network(1).train(), loader(views=2)
+    seen = []
+    hook = teacher.register_forward_hook(lambda *_: seen.append(1))
+    cached = CachedTeacher(teacher, data)
+    for epoch in range(4):
+        data.set_epoch(epoch)
+        for batch in data:
+            logits = cached(batch)
+            if epoch > 1:
+                hook.remove()
+                with torch.no_grad():
+                    assert torch.allclose(logits, copy.deepcopy(teacher).eval()(batch[0]), atol=1e-4)
+    # Each epoch drops what does not fill a batch: 256 = 4 x 64, so all is seen in two views.
+    assert len(seen) == 8
+    assert teacher.training
+
+
+def test_a_torch_dataloader_of_dicts_and_a_module_as_teacher():
+    rows = [{"x": x / 255, "labels": y} for x, y in zip(DATA.images[:64], DATA.labels[:64], strict=True)]
+    model, teacher = network(), network(1).train()
+    before = copy.deepcopy(teacher)
+    assert len(finetune(model, DataLoader(rows, 16, shuffle=True), teacher=teacher, epochs=1, progress=False)) == 1
+    assert same(before, teacher)
+    assert teacher.training
+
+
+def test_nan_stops_and_names_the_step(tmp_path):
+    model = network()
+    x = torch.randn(96, 3, 8, 8)
+    x[70] = torch.nan
+    batches = DataLoader(TensorDataset(x, torch.arange(96) % 10), 32)
+    with pytest.raises(RuntimeError, match=r"epoch 1/2, step 3: the loss is nan; try a lower lr"):
+        finetune(model, batches, epochs=2, checkpoints=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [({"epochs": 0}, "epochs=0"), ({"lr": -1}, "lr=-1"), ({"distill": 2}, "distill=2"), ({"momentum": 1}, "momentum=1"),
+     ({"temperature": 0}, "temperature=0"), ({"lr": math.nan}, "lr=nan")],
+)  # fmt: skip
+def test_recipes_out_of_range(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**recipe)

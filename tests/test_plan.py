@@ -1,0 +1,64 @@
+"""A plan survives JSON; what is no plan says so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modprune.plan import PruningPlan
+
+names = st.lists(st.text(min_size=1, max_size=12), unique=True, max_size=6)
+numbers = st.dictionaries(st.text(max_size=8), st.floats(allow_nan=False, allow_infinity=False), max_size=4)
+
+
+@settings(max_examples=80, deadline=None)
+@given(names, st.sampled_from(["identity", "transition", None]), st.text(max_size=9), numbers, numbers)
+def test_json_round_trip(remove, kind, criterion, scores, freed):
+    kinds = (kind,) * len(remove) if kind else ()
+    plan = PruningPlan(tuple(remove), kinds, criterion, scores, freed)
+    assert PruningPlan.from_json(plan.to_json()) == plan
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(
+                        ["remove", "kinds", "scores", "freed", "format", "criterion", "x"]), x, max_size=6)))  # fmt: skip
+def test_any_json_is_a_plan_or_one_clear_line(value):
+    try:
+        plan = PruningPlan.from_json(
+            json.dumps({"remove": ["a"], **value} if isinstance(value, dict) else {"x": value})
+        )
+    except ValueError as error:
+        assert "plan" in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert all(isinstance(name, str) for name in plan.remove)
+
+
+def test_files(tmp_path):
+    plan = PruningPlan(("layer1.0",))
+    plan.to_json(tmp_path / "deep" / "plan.json")
+    assert PruningPlan.from_json(tmp_path / "deep" / "plan.json") == plan
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["plan.json"]
+    with pytest.raises(FileNotFoundError, match=r"nothing.json: no such file"):
+        PruningPlan.from_json(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"remove": ["a"], "format": 2}', "format 2; this modprune reads up to 1"),
+        ('{"remove": ["a", "a"]}', "every block once"),
+        ('{"remove": "ab"}', "tuple of strings"),
+        ('{"remove": ["a"], "kinds": ["wide"]}', "identity, transition"),
+        ('{"remove": ["a"], "code": 1}', "unknown field 'code'"),
+        ("{", "not JSON"),
+        ("{}", "with 'remove' is needed"),
+    ],
+)
+def test_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        PruningPlan.from_json(text)

@@ -1,0 +1,140 @@
+"""Saved models come back bit for bit; anything else is one line and leaves the model alone."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+
+from modprune.models import resnet20, resnet56
+from modprune.plan import PruningPlan
+from modprune.store import load, load_weights, save
+from modprune.surgery import removed_blocks
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+REMOVE = ("layer1.1", "layer2.0", "layer3.2")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model = PruningPlan(REMOVE).apply(resnet20(num_classes=7)).eval()
+    save(model, tmp_path / "a.safetensors")
+    return model, tmp_path / "a.safetensors"
+
+
+def test_round_trip_with_and_without_a_model(saved):
+    model, path = saved
+    for loaded in (load(path), load(path, resnet20(num_classes=7))):
+        assert torch.equal(loaded.eval()(X), model(X))
+        assert list(removed_blocks(loaded)) == list(REMOVE)
+
+
+def test_round_trip_of_a_network_from_elsewhere(tmp_path):
+    model = PruningPlan(("layer1.0", "layer2.0")).apply(torchvision.models.resnet18()).eval()
+    model = model.to(memory_format=torch.channels_last)
+    save(model, tmp_path / "b.safetensors")
+    x = torch.randn(1, 3, 64, 64)
+    loaded = load(tmp_path / "b.safetensors", torchvision.models.resnet18()).eval()
+    assert torch.equal(loaded.to(memory_format=torch.channels_last)(x), model(x))
+    with pytest.raises(ValueError, match="give the unpruned model"):
+        load(tmp_path / "b.safetensors")
+
+
+def damage(path, kind: str):
+    data = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(data[:-100])
+    elif kind == "altered":
+        path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "plain":
+        safetensors.torch.save_file({"a": torch.zeros(2)}, path)
+    elif kind == "newer":
+        tensors = safetensors.torch.load(data)
+        path.write_bytes(safetensors.torch.save(tensors, metadata={"modprune": json.dumps({"format": 9})}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "not a whole safetensors file"),
+        ("altered", "the file was altered"),
+        ("text", "not a whole safetensors file"),
+        ("plain", "not a file of modprune.save"),
+        ("newer", "format 9; this modprune reads up to 1"),
+    ],
+)
+def test_damaged_files(saved, kind, message):
+    _, path = saved
+    damage(path, kind)
+    model = resnet20(num_classes=7)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as caught:
+        load(path, model)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("make", "message"), [(resnet56, "another network"), (resnet20, "number of classes")])
+def test_another_network_stays_as_it_was(saved, make, message):
+    _, path = saved
+    model = make()
+    before = model.eval()(X)
+    with pytest.raises(ValueError, match=message):
+        load(path, model)
+    assert torch.equal(model(X), before)
+    assert not removed_blocks(model)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this code came out of a weights file",)
+
+
+def test_plain_weights_of_every_common_layout(tmp_path):
+    model = resnet20()
+    state = model.state_dict()
+    nested = {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}, "best": 1.0}
+    torch.save(state, tmp_path / "a.pt")
+    torch.save(nested, tmp_path / "b.th")
+    safetensors.torch.save_file(state, tmp_path / "c.safetensors")
+    for name in ("a.pt", "b.th", "c.safetensors"):
+        assert torch.equal(load_weights(resnet20(), tmp_path / name).eval()(X), model.eval()(X))
+
+
+def test_bad_weights_are_one_line_and_change_nothing(tmp_path, capsys):
+    torch.save({"w": Evil()}, tmp_path / "evil.th")
+    (tmp_path / "pickle.th").write_bytes(pickle.dumps(Evil()))
+    torch.save(resnet20().state_dict(), tmp_path / "whole.th")
+    (tmp_path / "truncated.th").write_bytes((tmp_path / "whole.th").read_bytes()[:50_000])
+    torch.save([1, 2], tmp_path / "list.th")
+    model = resnet56()
+    before = model.eval()(X)
+    for name, message in (
+        ("evil.th", "would run code"),
+        ("pickle.th", "would run code|not a PyTorch file"),
+        ("truncated.th", "truncated"),
+        ("list.th", "no state dict"),
+        ("whole.th", "another network"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            load_weights(model, tmp_path / name)
+        assert re.search(name, str(caught.value))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_weights(model, tmp_path / "missing.th")
+    assert torch.equal(model(X), before)
+    assert "this code came out" not in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot be written .*give a folder that can"):
+        save(resnet20(), tmp_path / "file" / "a.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -42,8 +43,8 @@ def prune_job(
 ) -> Report:
     """Prune an image classifier and recover it; the original stays as it was.
 
-    Writes to `out`: `plan.json`, `curve.json`, `curve.png`, `model.safetensors`, `report.json`, `report.md`; while it
-    trains also `checkpoints/`. Files are whole or not there at any moment.
+    Writes to `out`: `plan.json`, `curve.json`, `curve.png`, `history.json`, `model.safetensors`, `report.json`,
+    `report.md`; while it trains also `checkpoints/`. Files are whole or not there at any moment.
 
     Args:
         model: on the device to work on.
@@ -73,7 +74,8 @@ def prune_job(
         loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device, views=VIEWS)
         teacher = CachedTeacher(model, loader)
         pruned.to(memory_format=torch.channels_last)
-        finetune(pruned, loader, teacher=teacher, checkpoints=checkpoints, resume=resume, **asdict(recipe))
+        history = finetune(pruned, loader, teacher=teacher, checkpoints=checkpoints, resume=resume, **asdict(recipe))
+        write_text(out / "history.json", json.dumps([asdict(epoch) for epoch in history], indent=2) + "\n")
     report = compare(model, pruned, example, ImageLoader(test, 500, device=device))
     save(pruned, out / "model.safetensors")
     report.to_json(out / "report.json")

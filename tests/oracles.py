@@ -7,7 +7,6 @@ from fractions import Fraction
 
 import networkx as nx
 import numpy as np
-import torch
 from torch import Tensor
 
 from modprune.budget import Budget, Candidate

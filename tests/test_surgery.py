@@ -80,7 +80,7 @@ def test_unsuitable_names_and_wrappers_leave_the_model_whole():
 def test_a_failed_proof_puts_the_blocks_back():
     model = network()
     before = model(X)
-    with pytest.raises(RuntimeError, match="layer2.0 failed.*the model is as it was"):
+    with pytest.raises(RuntimeError, match=r"layer2\.0 failed.*the model is as it was"):
         remove_blocks(model, ["layer2.0"], kinds=["identity"], example_inputs=X)
     assert torch.equal(model(X), before)
 
@@ -92,5 +92,5 @@ def test_the_dependency_graph_leaves_the_model_as_found_and_says_what_failed():
         dependency_graph(model, X)
     assert model.training
     assert not model.conv1.weight.requires_grad
-    with pytest.raises(RuntimeError, match="no dependency graph of CifarResNet: .*channels"):
+    with pytest.raises(RuntimeError, match=r"no dependency graph of CifarResNet: .*channels"):
         dependency_graph(model, torch.zeros(1, 1, 32, 32))

@@ -1,0 +1,51 @@
+"""The way of the data: a module imports only from rows above it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import modprune
+
+PACKAGE = Path(modprune.__file__).parent
+# Leaves first; each knows only what stands before it. plan.apply's import of surgery is the one step back.
+ORDER = [
+    "_files", "_inputs", "_depgraph", "models", "data", "bypass", "cost", "graph", "blocks", "features", "evaluate",
+    "picture", "curve", "criteria", "budget", "plan", "surgery", "checkpoints", "finetune", "store", "report", "pruner",
+    "job", "cli",
+]  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    """First names below `modprune.` that run when the module does; those for type checkers alone are not."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    return {
+        node.module.split(".")[1]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("modprune.")
+        and id(node) not in typing_only
+    }  # fmt: skip
+
+
+def test_modules_import_only_from_rows_above():
+    modules = {p.stem: p for p in PACKAGE.glob("*.py") if not p.stem.startswith("__")}
+    assert {*modules, "models"} == set(ORDER)
+    for name, path in modules.items():
+        allowed = set(ORDER[: ORDER.index(name)]) | ({"surgery"} if name == "plan" else set())
+        assert imports(path) <= allowed, name
+
+
+def test_one_module_knows_torch_pruning():
+    users = [p.stem for p in PACKAGE.rglob("*.py") if "import torch_pruning" in p.read_text()]
+    assert users == ["_depgraph"]
+
+
+def test_what_is_public_is_documented():
+    for name in modprune.__all__:
+        assert (getattr(modprune, name).__doc__ or "").strip(), name

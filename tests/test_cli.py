@@ -1,0 +1,146 @@
+"""The command line as a person and a program use it, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from modprune.models import resnet20
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: object, check: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "modprune", *map(str, arguments)], capture_output=True, text=True, env=ENV, check=False
+    )
+    assert done.returncode == check, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet20.pt"
+    torch.save(resnet20().state_dict(), path)
+    return path
+
+
+def prune(weights: Path, out: Path, *more: object) -> list[object]:
+    return [
+        "prune",
+        "--model",
+        "resnet20",
+        "--weights",
+        weights,
+        "--data",
+        "digits",
+        "--blocks",
+        2,
+        "--out",
+        out,
+        *more,
+    ]
+
+
+def test_help_names_every_command_and_option():
+    text = run("--help").stdout
+    for command in ("blocks", "curve", "plan", "prune", "evaluate"):
+        assert command in text
+    text = run("prune", "--help").stdout
+    for option in (
+        "--model",
+        "--weights",
+        "--data",
+        "--data-dir",
+        "--flops",
+        "--params",
+        "--epochs",
+        "--out",
+        "--resume",
+    ):
+        assert option in text
+
+
+def test_blocks_curve_and_plan_write_json(weights, tmp_path):
+    shared = ["--model", "resnet20", "--weights", weights, "--data", "digits"]
+    assert "9 blocks" in run("blocks", "--model", "resnet20", "--json", tmp_path / "b.json").stdout
+    assert len(json.loads((tmp_path / "b.json").read_text())["blocks"]) == 9
+    text = run("curve", *shared, "--samples", 100, "--repeats", 2, "--json", tmp_path / "c.json",
+               "--picture", tmp_path / "c.png").stdout  # fmt: skip
+    assert "layer3.2" in text
+    assert len(json.loads((tmp_path / "c.json").read_text())["layers"]) == 10
+    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    run("plan", *shared, "--blocks", 2, "--json", tmp_path / "p.json")
+    assert len(json.loads((tmp_path / "p.json").read_text())["remove"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["blocks", "--model", "resnet57"], 2, "'resnet57' is unknown: give one of resnet20"),
+        (["plan", "--model", "resnet20", "--weights", "w", "--flops", "1.5"], 2, "1.5 is no fraction"),
+        (["plan", "--model", "resnet20", "--weights", "w"], 2, "say how much to remove"),
+        (["plan", "--model", "resnet20", "--weights", "w", "--flops", "0.5"], 1, "modprune: w: no such file"),
+        (
+            ["evaluate", "--model", "none.safetensors", "--data", "digits"],
+            1,
+            "modprune: none.safetensors: no such file",
+        ),
+    ],
+)
+def test_errors_are_one_line_with_the_right_code(arguments, code, message):
+    done = run(*arguments, check=code)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert code == 2 or done.stderr.count("\n") == 1
+
+
+def test_a_missing_data_folder_and_an_unwritable_one(weights, tmp_path):
+    done = run("plan", "--model", "resnet20", "--weights", weights, "--data-dir", tmp_path, "--blocks", 1, check=1)
+    assert "no intact CIFAR-10 there" in done.stderr
+    (tmp_path / "file").write_text("")
+    done = run(*prune(weights, tmp_path / "file", "--epochs", 0), check=1)
+    assert "cannot be written" in done.stderr
+
+
+def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
+    options = ("--epochs", 5, "--lr", 0.05)
+    whole = run(*prune(weights, tmp_path / "whole", *options)).stdout
+    assert "Top-1" in whole
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == [
+        "curve.json",
+        "curve.png",
+        "history.json",
+        "model.safetensors",
+        "plan.json",
+        "report.json",
+        "report.md",
+    ]
+
+    cut = tmp_path / "cut"
+    command = [sys.executable, "-m", "modprune", *map(str, prune(weights, cut, *options))]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(cut.glob("checkpoints/epoch-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "model.safetensors").exists()
+    assert "holds an unfinished run" in run(*prune(weights, cut, *options), check=1).stderr
+    run(*prune(weights, cut, *options, "--resume"))
+    assert (cut / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+    text = run("evaluate", "--model", cut / "model.safetensors", "--data", "digits", "--json", cut / "e.json").stdout
+    report = json.loads((cut / "report.json").read_text())
+    assert json.loads((cut / "e.json").read_text())["correct"] == report["pruned"]["accuracy"]["correct"]
+    assert f"{report['pruned']['accuracy']['top1']:.2f} %" in text

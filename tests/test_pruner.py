@@ -1,0 +1,110 @@
+"""The pruner joins the parts: budget met, exact choice, model and ignored layers left alone."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from modprune.blocks import find_blocks
+from modprune.budget import Budget, Candidate
+from modprune.cost import count_macs, count_params
+from modprune.criteria import BlockScores
+from modprune.data import ImageLoader, digits
+from modprune.models import resnet32
+from modprune.pruner import ModularityPruner
+from tests.oracles import best_set
+
+X = torch.zeros(1, 3, 8, 8)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return resnet32()
+
+
+def loader() -> ImageLoader:
+    return ImageLoader(digits(True), 100)
+
+
+def by_name(scores: dict[str, float]):
+    def criterion(model, blocks, loader):
+        return BlockScores(blocks.names, np.array([[scores.get(name, 1.0) for name in blocks.names]]))
+
+    return criterion
+
+
+def test_modularity_chooses_exactly_what_brute_force_chooses():
+    model = network()
+    pruner = ModularityPruner(model, X, loader(), flops=0.5, params=0.3)
+    plan = pruner.plan()
+    found = find_blocks(model, X)
+    candidates = [Candidate(b.name, plan.scores[b.name], b.macs, b.params) for b in found]
+    assert pruner.scores is not None
+    assert pruner.scores.curve is not None
+    assert list(plan.scores.values()) == pytest.approx(pruner.scores.curve.gain.tolist())
+    assert plan.remove == best_set(candidates, Budget(0.5, 0.3), count_macs(model, X), count_params(model))
+    assert plan == ModularityPruner(model, X, loader(), flops=0.5, params=0.3).plan()
+
+
+def test_step_frees_what_the_plan_says():
+    model = network()
+    before = count_macs(model, X), count_params(model)
+    pruner = ModularityPruner(model, X, loader(), flops=0.4)
+    plan = pruner.plan()
+    assert (count_macs(model, X), count_params(model)) == before
+    assert pruner.step() is model
+    assert 1 - count_macs(model, X) / before[0] == pytest.approx(plan.freed["flops"])
+    assert 1 - count_params(model) / before[1] == pytest.approx(plan.freed["params"])
+    assert plan.freed["flops"] >= 0.4
+
+
+def test_ignored_layers_stay():
+    model, scores = network(), {"layer1.1": -5.0, "layer2.3": -4.0, "layer3.3": -3.0, "layer3.4": -2.0}
+    pruner = ModularityPruner(model, X, loader(), by_name(scores), blocks=2,
+                              ignored_layers=[model.layer1, "layer2.3.conv1"])  # fmt: skip
+    assert pruner.plan().remove == ("layer3.3", "layer3.4")
+    with pytest.raises(ValueError, match="no module of the model"):
+        ModularityPruner(model, X, loader(), blocks=2, ignored_layers=["layer7"])
+
+
+def test_iterations_meet_the_same_budget_and_measure_anew():
+    seen = []
+
+    def criterion(model, blocks, loader):
+        seen.append(len(blocks))
+        return BlockScores(blocks.names, np.arange(len(blocks), dtype=float)[None])
+
+    model = network()
+    before = copy.deepcopy(model)
+    plan = ModularityPruner(model, X, loader(), criterion, blocks=5, iterative_steps=3).plan()
+    assert len(plan.remove) == 5
+    assert seen == [15, 13, 12]
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "no budget"),
+        ({"flops": 1.0}, "flops=1.0: a fraction"),
+        ({"blocks": 1, "criterion": "magic"}, "criterion 'magic' is unknown: give one of modularity"),
+        ({"blocks": 1, "iterative_steps": 0}, "iterative_steps=0"),
+    ],
+)
+def test_arguments_are_checked_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ModularityPruner(network(), X, loader(), **arguments)
+
+
+def test_what_cannot_be_had_says_the_most():
+    with pytest.raises(ValueError, match=r"flops=0.999 cannot be met: all 15 blocks that can go free 9\d"):
+        ModularityPruner(network(), X, loader(), by_name({}), flops=0.999).plan()
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    with pytest.raises(ValueError, match="Sequential has no block that can be removed"):
+        ModularityPruner(plain, X, loader(), blocks=1).plan()

@@ -1,0 +1,37 @@
+"""The report says what is so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from modprune.data import ImageLoader, digits
+from modprune.models import resnet20, resnet56
+from modprune.plan import PruningPlan
+from modprune.report import compare
+
+
+def test_numbers_reach_text_markdown_and_json(tmp_path):
+    model = resnet56()
+    pruned = PruningPlan(("layer1.0", "layer3.8")).apply(resnet56())
+    report = compare(model, pruned, torch.zeros(1, 3, 32, 32))
+    text = str(report)
+    assert report.params_removed == pytest.approx((4672 + 73984) / 853018)
+    row = next(line for line in text.splitlines() if line.startswith("Parameters"))
+    assert row.split() == ["Parameters", "853,018", "774,362", "-9.22", "%"]
+    assert "125.486 M" in text
+    assert "126.555 M" in report.to_markdown()
+    data = json.loads(report.to_json(tmp_path / "report.json"))
+    assert json.loads((tmp_path / "report.json").read_text()) == data
+    assert data["flops_removed"]["modprune"] == pytest.approx(2 * 4718592 / 125485696)
+
+
+def test_accuracy_and_time_are_of_the_right_network():
+    report = compare(resnet20(), resnet56(), torch.zeros(1, 3, 8, 8), ImageLoader(digits(False), 120))
+    assert report.pruned.params > report.original.params
+    assert report.pruned.seconds[1] > report.original.seconds[1]
+    assert report.original.accuracy is not None
+    assert report.original.accuracy.samples == 360
+    assert [row[0] for row in report.rows()][:4] == ["Top-1 (%)", "Top-5 (%)", "Loss", "Parameters"]

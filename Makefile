@@ -29,8 +29,8 @@ types: install
 	$(BIN)/mypy
 
 docs: install
-	$(BIN)/python benchmarks/tables.py
-	$(BIN)/python benchmarks/api.py
+	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.api
 
 check: lint types test
 

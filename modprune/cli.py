@@ -91,7 +91,7 @@ def curve(
     from modprune.picture import save_picture
 
     network, train = _loaded(model, weights, device), _data(data, data_dir, train=True)
-    loader = ImageLoader(train, 125, shuffle=True, seed=seed, device=_device(device))
+    loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=_device(device))
     result = modularity_curve(network, loader, k, samples, repeats)
     flat, falling = result.plateaus(), result.degradations()
     print(f"{'layer':<12} {'Q':>8} {'spread':>8} {'gain':>8}")
@@ -118,7 +118,7 @@ def plan(
 
     _need_budget(flops, params, count)
     network, train = _loaded(model, weights, device), _data(data, data_dir, train=True)
-    loader = ImageLoader(train, 125, shuffle=True, seed=seed, device=_device(device))
+    loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=_device(device))
     example = torch.zeros(1, *train.images.shape[1:])
     chosen = ModularityPruner(network, example, loader, flops=flops, params=params, blocks=count).plan()
     for name, score in chosen.scores.items():
@@ -174,7 +174,7 @@ def evaluate(
     from modprune.data import ImageLoader
 
     network = modprune.load(model).to(_device(device))
-    result = modprune.evaluate(network, ImageLoader(_data(data, data_dir, train=False), 500, device=_device(device)))
+    result = modprune.evaluate(network, ImageLoader(_data(data, data_dir, train=False), 100, device=_device(device)))
     print(f"Top-1 {result.top1:.2f} %  Top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.samples} images")
     _write(json_, asdict(result))
 

@@ -80,7 +80,7 @@ def macs_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 
 
 def latency(
-    models: Mapping[str, nn.Module], example_inputs: Any, *, batch: int = 1, seconds: float = 2.0
+    models: Mapping[str, nn.Module], example_inputs: Any, *, batch: int = 1, seconds: float = 1.0
 ) -> dict[str, float]:
     """Median seconds of a forward pass of each model at a batch size, measured in turns so that noise hits all alike.
 

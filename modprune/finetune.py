@@ -218,10 +218,10 @@ def distillation_loss(logits: Tensor, labels: Tensor | None, soft: Tensor | None
         t: temperature of both.
     """
     if soft is None or weight == 0:
-        return F.cross_entropy(logits, _needed(labels))
+        return _cross_entropy(logits, labels)
     target, log_student = F.log_softmax(soft.float() / t, 1), F.log_softmax(logits / t, 1)
     kl = F.kl_div(log_student, target, reduction="batchmean", log_target=True) * t * t
-    return weight * kl if weight == 1 else weight * kl + (1 - weight) * F.cross_entropy(logits, _needed(labels))
+    return kl if weight == 1 else weight * kl + (1 - weight) * _cross_entropy(logits, labels)
 
 
 def warmup_cosine(step: int, warmup: float, total: int) -> float:
@@ -277,10 +277,16 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def _needed(labels: Tensor | None) -> Tensor:
+def _cross_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
     if labels is None:
         raise ValueError("the batches hold no labels: give (inputs, labels) or dicts with 'labels', or distill=1")
-    return labels
+    try:
+        return F.cross_entropy(logits, labels)
+    except IndexError:
+        raise ValueError(
+            f"labels from {labels.min()} to {labels.max()} with {logits.shape[1]} classes: labels lie in "
+            f"0..{logits.shape[1] - 1}; check the data and the model's number of classes"
+        ) from None
 
 
 @contextmanager

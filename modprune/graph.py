@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Up to this many samples the whole matrix of similarities is held (256 MiB), which lets its symmetry save half of
-# the products; above it, rows are worked off in blocks of about the same size.
-WHOLE = 8192
+# Up to this many samples with features this long, the whole matrix of similarities is held (256 MiB): its symmetry
+# saves half of the products. Otherwise rows are worked off in blocks that stay in the cache between the steps.
+WHOLE, LONG = 8192, 1024
+BLOCK = 2**21
 # Squares and products of float32 norms within these bounds neither overflow nor vanish.
 SAFE_NORMS = (1e-15, 1e15)
 
@@ -59,7 +60,8 @@ def modularity(features: Tensor, labels: Tensor, k: int = 3) -> float:
 def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
     """The k-nearest-neighbour graph of (N, ...) floating point features by cosine similarity.
 
-    Memory beside the features: N x N float32 up to N = 8192, above it a block of rows of about that size.
+    Memory beside the features: N x N float32 for up to 8192 samples with long features; else N k and
+    a block of rows.
 
     Raises:
         ValueError: if features are not floating point, hold NaN or infinity or no columns, or `k` is not in 1..N-1.
@@ -77,10 +79,15 @@ def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
         rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         norms = _norms(rows)
     inverse = _inverse(norms)
-    if len(rows) <= WHOLE:
+    if len(rows) <= WHOLE and rows.shape[1] >= LONG:
         return _nearest(inner_products(rows), inverse, k)
-    block = WHOLE * WHOLE // len(rows)
-    parts = [_nearest(part @ rows.T, inverse, k, start=i * block) for i, part in enumerate(rows.split(block))]
+    size = max(1, BLOCK // len(rows))
+    products = rows.new_empty(size, len(rows))
+    parts = []
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        torch.mm(block, rows.T, out=products[: len(block)])
+        parts.append(_nearest(products[: len(block)], inverse, k, start))
     return FeatureGraph(torch.cat([p.neighbours for p in parts]), torch.cat([p.weights for p in parts]))
 
 

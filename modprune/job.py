@@ -76,7 +76,7 @@ def prune_job(
         pruned.to(memory_format=torch.channels_last)
         history = finetune(pruned, loader, teacher=teacher, checkpoints=checkpoints, resume=resume, **asdict(recipe))
         write_text(out / "history.json", json.dumps([asdict(epoch) for epoch in history], indent=2) + "\n")
-    report = compare(model, pruned, example, ImageLoader(test, 500, device=device))
+    report = compare(model, pruned, example, ImageLoader(test, 100, device=device))
     save(pruned, out / "model.safetensors")
     report.to_json(out / "report.json")
     write_text(out / "report.md", f"# Pruned by modularity\n\n{report.to_markdown()}\n{_story(plan)}")
@@ -87,7 +87,7 @@ def prune_job(
 def _measure(
     model: nn.Module, train: ImageData, out: Path, example: torch.Tensor, seed: int, **budget: float | int | None
 ) -> PruningPlan:
-    loader = ImageLoader(train, 125, shuffle=True, seed=seed, device=device_of(model))
+    loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=device_of(model))
     pruner = ModularityPruner(model, example, loader, **budget)  # type: ignore[arg-type]
     plan = pruner.plan()
     if pruner.scores is not None and pruner.scores.curve is not None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from modprune.blocks import Blocks, find_blocks
@@ -63,9 +64,12 @@ class ModularityPruner:
         self._plan: PruningPlan | None = None
 
     def plan(self) -> PruningPlan:
-        """Measure and choose; the model stays whole. Measured once: the same plan comes again."""
+        """Measure and choose; the model stays whole. Measured once: the same plan comes again.
+
+        Under torch.distributed every process gets the plan of the first one.
+        """
         if self._plan is None:
-            self._plan = self._make_plan()
+            self._plan = _same_everywhere(self._make_plan())
         return self._plan
 
     def step(self) -> nn.Module:
@@ -100,6 +104,15 @@ class ModularityPruner:
             scores=self.scores.mean,
             freed={"flops": sum(c.macs for c in gone) / totals[0], "params": sum(c.params for c in gone) / totals[1]},
         )
+
+
+def _same_everywhere(plan: PruningPlan) -> PruningPlan:
+    """The plan of rank 0: processes that removed different blocks of equal shape would train on in silence."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return plan
+    text = [plan.to_json()]
+    dist.broadcast_object_list(text, src=0)
+    return PruningPlan.from_json(text[0])
 
 
 def _candidates(blocks: Blocks, scores: BlockScores, ignored: frozenset[str]) -> list[Candidate]:

@@ -136,3 +136,9 @@ def test_nan_stops_and_names_the_step(tmp_path):
 def test_recipes_out_of_range(recipe, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**recipe)
+
+
+def test_labels_out_of_range_are_named():
+    batches = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) + 5), 4)
+    with pytest.raises(ValueError, match="labels from 9 to 12 with 10 classes"):
+        finetune(network(), batches, epochs=1, progress=False)

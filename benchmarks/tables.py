@@ -1,0 +1,99 @@
+"""Write the tables of README.md from the JSON files in benchmarks/results, between their markers.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks._env import RESULTS
+from modprune._files import write_text
+
+README = Path(__file__).parents[1] / "README.md"
+
+# ResNet56 on CIFAR-10 as published: Lu et al., ECCV 2022, and the rows it compares with. Top-1, parameters and FLOPs
+# removed, in percent.
+PUBLISHED = (
+    ("ResNet56, base of Lu et al.", "93.27", "0", "0"),
+    ("Chen et al., Shallowing Deep Networks", "93.29", "42.30", "34.80"),
+    ("DBP-0.5", "93.39", "not given", "53.41"),
+    ("Lu et al., graph modularity", "93.38", "43.00", "60.30"),
+)
+
+
+def load(name: str) -> dict[str, Any]:
+    """The JSON of a result."""
+    data: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return data
+
+
+def headline() -> str:
+    """Ours beside the published rows."""
+    run = load("resnet56-cifar10")
+    report, epochs = run["report"], run["trained_epochs"]
+    base, pruned = report["original"]["accuracy"]["top1"], report["pruned"]["accuracy"]["top1"]
+    removed = 100 * report["params_removed"], 100 * report["flops_removed"]["fvcore"]
+    lines = ["| method | Top-1 % | parameters removed % | FLOPs removed % |", "|---|---:|---:|---:|"]
+    lines += [f"| {' | '.join(row)} |" for row in PUBLISHED]
+    lines.append(f"| ResNet56, base of modprune | {base:.2f} | 0 | 0 |")
+    lines.append(f"| **modprune** | **{pruned:.2f}** | **{removed[0]:.2f}** | **{removed[1]:.2f}** |")
+    cpu = run["environment"]["cpu"]
+    planned = run["recipe"]["epochs"]
+    state = f"{epochs} epochs" if epochs == planned else f"stopped after {epochs} of {planned} epochs, for want of time"
+    blocks = f"{len(run['removed'])} of {len(run['scores'])} blocks removed"
+    note = f"{blocks}; {state}; one seed; on {cpu}; FLOPs as fvcore counts."
+    return "\n".join([*lines, "", note])
+
+
+def speed() -> str:
+    """What the hot paths cost."""
+    q, curve, tune, memory = (load(n) for n in ("modularity-speed", "curve-speed", "finetune-speed", "curve-memory"))
+    rows = [
+        (f"Q of {r['samples']} x {r['columns']} against a Python loop and networkx", f"{r['ratio']:.0f}x faster")
+        for r in q["reference"]
+    ]
+    floor, large = q["floor"], q["large"]
+    rows += [
+        (
+            f"Q of {floor['samples']} x {floor['columns']} against the product F F^T alone",
+            f"{floor['ratio']:.2f}x its time",
+        ),
+        (
+            f"Q of {large['samples']} x {large['columns']}",
+            f"{large['seconds']:.1f} s, {large['peak_mib']:.0f} MiB beside the features",
+        ),
+        ("ResNet56's curve against a plain forward pass of its images", f"{curve['curve_over_forward']:.2f}x its time"),
+        (
+            f"resnet50's curve at 224 x 224, {memory['samples']} images: {memory['features_mib']:.0f} MiB of features",
+            f"peak {memory['peak_mib']:.0f} MiB with a budget of {memory['budget_mib']:.0f} MiB "
+            f"(a forward pass alone: {memory['peak_of_a_forward_pass_mib']:.0f})",
+        ),
+    ]
+    rows += [
+        (f"Fine-tuning {r['network']} against Dataset and DataLoader", f"{r['ratio']:.2f}x the images per second")
+        for r in tune["images_per_second"]
+    ]
+    lines = ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
+    machine = q["environment"]
+    note = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}."
+    return "\n".join([*lines, "", note])
+
+
+TABLES: dict[str, Callable[[], str]] = {"headline": headline, "speed": speed}
+
+
+def filled(text: str) -> str:
+    """`text` with every table between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    for name, table in TABLES.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        head, rest = text.split(start)
+        text = f"{head}{start}\n{table()}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+if __name__ == "__main__":
+    write_text(README, filled(README.read_text()))

@@ -1,0 +1,34 @@
+"""What the README shows is so: its quickstart runs, its tables and the API page are those of the results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks.api import PAGE, page
+from benchmarks.tables import README, filled
+
+TEXT = README.read_text()
+
+
+def test_the_quickstart_runs(tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code[1], "README.md", "exec"), {})
+    assert "Top-1 (%)" in capsys.readouterr().out
+    assert Path("pruned.safetensors").exists()
+
+
+def test_tables_are_made_from_the_results():
+    assert filled(TEXT) == TEXT
+    assert TEXT.count("\n") < 200
+
+
+def test_the_api_page_is_made_from_the_docstrings():
+    assert PAGE.read_text() == page()
+
+
+def test_what_it_links_to_is_there():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (README.parent / target).exists(), target

@@ -6,6 +6,7 @@ python -m benchmarks.api
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import modprune
@@ -30,9 +31,12 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _title(name: str, thing: object) -> str:
-    signature = str(inspect.signature(thing)) if callable(thing) else ""
-    return f"`{name}{signature}`"
+def _title(name: str, thing: Callable[..., object]) -> str:
+    """The call with its defaults; types are in the text."""
+    signature = inspect.signature(thing)
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    bare = bare[1:] if bare and bare[0].name in ("self", "cls") else bare
+    return f"`{name}{signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)}`"
 
 
 def _text(thing: object) -> list[str]:

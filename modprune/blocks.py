@@ -86,7 +86,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         with evaluating(model), torch.enable_grad():
             for parameter, _ in modes:
                 parameter.requires_grad_(True)
-            calls, output = _record(model, inputs)
+            calls, output = _record(model, _tracked(inputs))
             found, refused = _judge(calls, output)
             macs = macs_by_module(model, inputs)
             blocks = [_describe(calls[name], kind, kept, macs) for name, (kind, kept) in found.items()]
@@ -113,6 +113,15 @@ class _Call:
     end: Any = None
     shape: torch.Size | None = None
     times: int = 1
+
+
+def _tracked(value: Any) -> Any:
+    """`value` with its floating point tensors as results of an operation, so that a block on the input is seen too."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_() * 1 if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _tracked(item) for key, item in value.items()}
+    return type(value)(_tracked(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def _record(model: nn.Module, inputs: Any) -> tuple[dict[str, _Call], Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -132,7 +132,7 @@ class _Run:
 
     def __init__(self, model: nn.Module, loader: Iterable[Any], teacher: object, recipe: Recipe) -> None:
         self.model, self.loader, self.recipe, self.device = model, loader, recipe, device_of(model)
-        self.steps = len(loader)  # type: ignore[arg-type]
+        self.steps = _steps(loader)
         self.history: list[Epoch] = []
         self.distill = recipe.distill if teacher is not None else 0.0
         # Somebody else's Accelerator in this process has settled the precision; ours has to follow it.
@@ -183,6 +183,14 @@ class _Run:
         if other:
             raise ValueError(f"the checkpoint is of a run with {other}, this one has other values: start a new folder")
         self.history[:] = [Epoch(**epoch) for epoch in state["history"]]
+
+
+def _steps(loader: Iterable[Any]) -> int:
+    if not isinstance(loader, Sized):
+        raise ValueError(f"train_loader of type {type(loader).__name__} has no length, which the schedule needs")
+    if len(loader) == 0:
+        raise ValueError("train_loader gives no batch: the batch size is larger than the data")
+    return len(loader)
 
 
 class _Losses:

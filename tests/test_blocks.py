@@ -114,3 +114,9 @@ def test_gelu_after_the_sum_is_inexact():
 
     model = nn.Sequential(nn.Linear(4, 4), Post(nn.Linear(4, 4)), nn.Linear(4, 2))
     assert [(b.kind, b.exact) for b in find_blocks(model, torch.randn(3, 4))] == [("identity", False)]
+
+
+def test_a_block_on_the_input_itself_is_seen():
+    model = nn.Sequential(Residual(nn.Linear(4, 4)), Residual(nn.Linear(4, 4)), nn.Linear(4, 2))
+    assert find_blocks(model, torch.randn(3, 4)).names == ("0", "1")
+    assert find_blocks(model, (torch.randn(3, 4),)).names == ("0", "1")

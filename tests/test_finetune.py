@@ -142,3 +142,10 @@ def test_labels_out_of_range_are_named():
     batches = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) + 5), 4)
     with pytest.raises(ValueError, match="labels from 9 to 12 with 10 classes"):
         finetune(network(), batches, epochs=1, progress=False)
+
+
+def test_loaders_without_length_or_batches_are_named():
+    with pytest.raises(ValueError, match="generator has no length"):
+        finetune(network(), (batch for batch in loader()), epochs=1)
+    with pytest.raises(ValueError, match="gives no batch"):
+        finetune(network(), ImageLoader(DATA, 300, shuffle=True), epochs=1)

@@ -3,7 +3,7 @@
     python -m benchmarks.resnet56_cifar10 --data-dir DIR --weights FILE
 
 Starts from the public 93.39 % checkpoint. Resumable: the same command goes on where a killed one was. Calibration and
-training use training images alone; the weights are those of the last epoch; test images are looked at once, at the end.
+training use training images alone; the weights are those of the last epoch; test images choose nothing.
 """
 
 from __future__ import annotations

@@ -24,9 +24,11 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too leaves nothing behind
         if partial:
             Path(partial).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise OSError(f"{path}: cannot be written ({error.strerror}); give a folder that can") from error
 
 

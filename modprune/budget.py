@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
+
+# A float stands for the fraction it was meant as: 0.1 lies a little above 1/10, which would cost a whole block more.
+_ROUNDING = Fraction(1, 10**12)
 
 
 @dataclass(frozen=True)
@@ -35,32 +40,26 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("flops", "params"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
+            if value is not None and not (isinstance(value, Real) and 0 < float(value) < 1):
                 raise ValueError(f"{name}={value}: a fraction between 0 and 1 is needed, such as 0.6 for 60 %")
-        if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"blocks={self.blocks}: at least 1 is needed")
+        if self.blocks is not None and not (isinstance(self.blocks, Integral) and self.blocks >= 1):
+            raise ValueError(f"blocks={self.blocks}: a whole number of at least 1 is needed")
         if self.flops is None and self.params is None and self.blocks is None:
             raise ValueError("no budget: give flops=, params= or blocks=, how much must go")
 
 
-@dataclass(frozen=True)
-class _State:
-    """A choice among the groups looked at so far; `key` orders choices from best to worst."""
-
-    key: tuple[Fraction, int, int, tuple[int, ...]]
-    chosen: tuple[int, ...]
-
-    @property
-    def freed(self) -> tuple[int, int]:
-        return self.key[1], self.key[2]
+# A choice among the groups looked at so far: summed score, MACs and parameters freed, and minus the sum of 2**position,
+# so that choices sort from best to worst, the deeper blocks first where all else is equal.
+_State = tuple[int, int, int, int]
 
 
 def choose(candidates: Sequence[Candidate], budget: Budget, total_macs: int, total_params: int) -> tuple[str, ...]:
     """Names, in the given order, of the set with the smallest summed score that meets the budget.
 
-    Exact, by dynamic programming over groups of equal cost with dominated choices dropped; sums are rational, so no
-    rounding decides. Equal scores are broken by the least cost freed beyond need (MACs, then parameters), then the
-    deeper blocks go. A block with a negative score improves the sum: it goes even where the budget is met without it.
+    Exact, by dynamic programming over groups of equal cost with dominated choices dropped; scores are summed as
+    integers of one unit, so no rounding decides. Equal scores are broken by the least cost freed beyond need (MACs,
+    then parameters), then the deeper blocks go. A block with a negative score improves the sum: it goes even where the
+    budget is met without it.
 
     Args:
         candidates: in forward order.
@@ -73,18 +72,30 @@ def choose(candidates: Sequence[Candidate], budget: Budget, total_macs: int, tot
     bad = [c.name for c in candidates if not math.isfinite(c.score)]
     if bad:
         raise ValueError(f"the score of {bad[0]} is not a finite number: check the criterion")
-    need = math.ceil(Fraction(budget.flops or 0) * total_macs), math.ceil(Fraction(budget.params or 0) * total_params)
+    need = _needed(budget.flops, total_macs), _needed(budget.params, total_params)
     _check_reachable(candidates, budget, need, total_macs, total_params)
-    states = [_State((Fraction(0), 0, 0, ()), ())]
-    for group in _groups(candidates):
-        prefixes = [group[:n] for n in range(len(group) + 1)]
-        states = [_with(state, prefix, candidates) for state in states for prefix in prefixes]
-        states = _undominated(states, need, budget)
-    met = [s for s in states if s.freed[0] >= need[0] and s.freed[1] >= need[1] and _count_fits(s, budget)]
+    groups = [_prefixes(group, candidates) for group in _groups(candidates)]
+    most = [group[-1] for group in groups]
+    states: list[_State] = [(0, 0, 0, 0)]
+    for i, group in enumerate(groups):
+        # Less than this cannot be made good by the groups still to come.
+        least = need[0] - sum(m[1] for m in most[i + 1 :]), need[1] - sum(m[2] for m in most[i + 1 :])
+        grown = [
+            (state[0] + more[0], state[1] + more[1], state[2] + more[2], state[3] + more[3])
+            for state in states
+            for more in group
+            if state[1] + more[1] >= least[0] and state[2] + more[2] >= least[1]
+        ]
+        states = _undominated(grown, need, budget.blocks)
+    met = [state for state in states if budget.blocks in (None, state[3].bit_count())]
     if not met:
-        raise ValueError(f"no {budget.blocks} blocks free {_wanted(budget)}: ask for more blocks or smaller fractions")
-    best = min(met, key=lambda state: state.key)
-    return tuple(candidates[i].name for i in sorted(best.chosen))
+        raise ValueError(_too_few(candidates, budget, total_macs, total_params))
+    chosen = -min(met)[3]
+    return tuple(c.name for i, c in enumerate(candidates) if chosen >> i & 1)
+
+
+def _needed(fraction: float | None, total: int) -> int:
+    return 0 if fraction is None else math.ceil((Fraction(float(fraction)) - _ROUNDING) * total)
 
 
 def _groups(candidates: Sequence[Candidate]) -> list[list[int]]:
@@ -95,39 +106,41 @@ def _groups(candidates: Sequence[Candidate]) -> list[list[int]]:
     return [sorted(group, key=lambda i: (candidates[i].score, -i)) for group in groups.values()]
 
 
-def _with(state: _State, added: list[int], candidates: Sequence[Candidate]) -> _State:
-    score, macs, params, _ = state.key
-    chosen = (*state.chosen, *added)
-    return _State(
-        (
-            score + sum(Fraction(candidates[i].score) for i in added),
-            macs + sum(candidates[i].macs for i in added),
-            params + sum(candidates[i].params for i in added),
-            tuple(sorted(-i for i in chosen)),
-        ),
-        chosen,
-    )
+def _prefixes(group: list[int], candidates: Sequence[Candidate]) -> list[_State]:
+    """What removing the first 0, 1, 2, ... blocks of a group comes to."""
+    unit = math.lcm(*(Fraction(float(c.score)).denominator for c in candidates))
+    sums: list[_State] = [(0, 0, 0, 0)]
+    for i in group:
+        score, macs, params, mask = sums[-1]
+        c = candidates[i]
+        sums.append((score + int(Fraction(float(c.score)) * unit), macs + c.macs, params + c.params, mask - (1 << i)))
+    return sums
 
 
-def _undominated(states: list[_State], need: tuple[int, int], budget: Budget) -> list[_State]:
-    """Without choices that another one beats in key and in what it frees, as far as that is still needed."""
+def _undominated(states: list[_State], need: tuple[int, int], blocks: int | None) -> list[_State]:
+    """Without choices that a better one matches in what they free, as far as that is needed.
+
+    Of each number of blocks, if that counts, the front of what is freed is kept as two lists: MACs rise, parameters
+    fall.
+    """
     kept: list[_State] = []
-    fronts: dict[int, list[tuple[int, int]]] = {}
-    for state in sorted(states, key=lambda state: state.key):
-        count = len(state.chosen) if budget.blocks is not None else 0
-        if budget.blocks is not None and count > budget.blocks:
+    fronts: dict[int, tuple[list[int], list[int]]] = {}
+    for state in sorted(states):
+        count = 0 if blocks is None else state[3].bit_count()
+        if blocks is not None and count > blocks:
             continue
-        macs, params = min(state.freed[0], need[0]), min(state.freed[1], need[1])
-        front = fronts.setdefault(count, [])
-        if any(m >= macs and p >= params for m, p in front):
+        macs, params = min(state[1], need[0]), min(state[2], need[1])
+        all_macs, all_params = fronts.setdefault(count, ([], []))
+        end = bisect_left(all_macs, macs)
+        if end < len(all_macs) and all_params[end] >= params:
             continue
-        front[:] = [(m, p) for m, p in front if m > macs or p > params] + [(macs, params)]
+        start = end
+        while start > 0 and all_params[start - 1] <= params:
+            start -= 1
+        end += end < len(all_macs) and all_macs[end] == macs
+        all_macs[start:end], all_params[start:end] = [macs], [params]
         kept.append(state)
     return kept
-
-
-def _count_fits(state: _State, budget: Budget) -> bool:
-    return len(state.chosen) == budget.blocks if budget.blocks is not None else bool(state.chosen)
 
 
 def _check_reachable(
@@ -139,8 +152,22 @@ def _check_reachable(
     if macs < need[0] or params < need[1]:
         raise ValueError(
             f"{_wanted(budget)} cannot be met: all {len(candidates)} blocks that can go free "
-            f"{macs / total_macs:.1%} of the MACs and {params / total_params:.1%} of the parameters"
+            f"{_most(macs, params, total_macs, total_params)}"
         )
+
+
+def _too_few(candidates: Sequence[Candidate], budget: Budget, total_macs: int, total_params: int) -> str:
+    count = budget.blocks or 0
+    macs = sum(sorted(c.macs for c in candidates)[-count:])
+    params = sum(sorted(c.params for c in candidates)[-count:])
+    return (
+        f"no {budget.blocks} blocks free {_wanted(budget)}: so many free at most "
+        f"{_most(macs, params, total_macs, total_params)}; ask for more blocks or smaller fractions"
+    )
+
+
+def _most(macs: int, params: int, total_macs: int, total_params: int) -> str:
+    return f"{macs / max(total_macs, 1):.1%} of the MACs and {params / max(total_params, 1):.1%} of the parameters"
 
 
 def _wanted(budget: Budget) -> str:

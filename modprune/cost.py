@@ -58,25 +58,75 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 
 
 def macs_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    """MACs per sample by the primary counter, fvcore and thop: `{"modprune": ..., "fvcore": ..., "thop": ...}`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # both import what their own dependencies have deprecated
-        import thop
-        from fvcore.nn import FlopCountAnalysis
+    """MACs per sample by the primary counter, fvcore and thop: `{"modprune": ..., "fvcore": ..., "thop": ...}`.
 
-    model = copy.deepcopy(model).eval()  # thop leaves buffers behind and unfreezes batch norms
+    fvcore and thop are cross-checks: one that cannot run on the network or its inputs, or finds nothing, is left out.
+    """
+    return {counter: macs[""] for counter, macs in _modules_by_counter(model, example_inputs).items()}
+
+
+def mac_differences(model: nn.Module, example_inputs: Any) -> dict[str, dict[str, int]]:
+    """What explains each cross-check's difference to the primary counter: MACs per sample by the type of module.
+
+    Only what a module does itself is counted to it, not what those inside it do; types that agree are left out.
+    """
+    counts = {c: _by_type(model, macs) for c, macs in _modules_by_counter(model, example_inputs).items()}
+    primary = counts.pop("modprune")
+    return {
+        counter: {t: macs.get(t, 0) - n for t, n in primary.items() if macs.get(t, 0) != n}
+        for counter, macs in counts.items()
+    }
+
+
+def _modules_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, dict[str, int]]:
+    """`macs_by_module` by each counter that can."""
+    counts = {"modprune": macs_by_module(model, example_inputs)}
+    if isinstance(example_inputs, dict):  # neither of the two takes keyword arguments
+        return counts
     inputs = to_device(example_inputs, device_of(model))
     arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    samples = batch_size(inputs)
-    counts = {"modprune": count_macs(model, inputs)}
-    if isinstance(inputs, dict):  # neither of the two takes keyword arguments
-        return counts
-    with warnings.catch_warnings(), torch.no_grad(), _quiet("fvcore"):
-        warnings.simplefilter("ignore")
-        analysis = FlopCountAnalysis(model, arguments).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        counts["fvcore"] = int(analysis.total()) // samples
-        counts["thop"] = int(thop.profile(model, arguments, verbose=False)[0]) // samples
+    for counter, count in (("fvcore", _fvcore), ("thop", _thop)):
+        # thop leaves buffers behind and unfreezes batch norms: only ever a copy
+        with warnings.catch_warnings(), torch.no_grad(), evaluating(copy.deepcopy(model)) as copied, _plain_attention():
+            warnings.simplefilter("ignore")  # both import and call what their own dependencies have deprecated
+            try:
+                macs = count(copied, arguments)
+            except Exception:  # tracing and hooks fail in many ways, and a cross-check must not cost the report
+                continue
+        if macs.get(""):
+            counts[counter] = {name: int(n) // batch_size(inputs) for name, n in macs.items()}
     return counts
+
+
+def _fvcore(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, float]:
+    from fvcore.nn import FlopCountAnalysis
+
+    with _quiet("fvcore"):
+        analysis = FlopCountAnalysis(model, arguments).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return dict(analysis.by_module())
+
+
+def _thop(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, float]:
+    import thop
+
+    total, _, layers = thop.profile(model, arguments, verbose=False, ret_layer_info=True)
+    macs = {"": total}
+    stack = [("", layers)]
+    while stack:
+        prefix, inside = stack.pop()
+        for name, (count, _, deeper) in inside.items():
+            macs[prefix + name] = count
+            stack.append((f"{prefix}{name}.", deeper))
+    return macs
+
+
+def _by_type(model: nn.Module, macs: Mapping[str, int]) -> dict[str, int]:
+    own: dict[str, int] = {}
+    for name, module in model.named_modules():
+        inside = sum(macs.get(f"{name}.{child}".lstrip("."), 0) for child, _ in module.named_children())
+        kind = type(module).__name__
+        own[kind] = own.get(kind, 0) + macs.get(name, 0) - inside
+    return own
 
 
 def latency(
@@ -90,11 +140,14 @@ def latency(
         batch: samples at a time.
         seconds: about how long to measure in all.
     """
-    inputs = {name: _repeat(to_device(example_inputs, device_of(model)), batch) for name, model in models.items()}
+    given = batch_size(example_inputs)
+    inputs = {
+        name: _repeat(to_device(example_inputs, device_of(model)), given, batch) for name, model in models.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in models}
     modes = {module: module.training for model in models.values() for module in model.modules()}
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what a model caches in its first pass must stay fit for training
             for model in models.values():
                 model.eval()
             started = time.perf_counter()
@@ -118,13 +171,15 @@ def _seconds(model: nn.Module, inputs: Any) -> float:
     return time.perf_counter() - started
 
 
-def _repeat(value: Any, batch: int) -> Any:
+def _repeat(value: Any, given: int, batch: int) -> Any:
+    """The first of `given` samples `batch` times; tensors of another first dimension, such as masks, as they are."""
     if isinstance(value, torch.Tensor):
-        return value[:1].expand(batch, *value.shape[1:]).contiguous() if value.ndim else value
+        each = value.ndim > 0 and value.shape[0] == given
+        return value[:1].expand(batch, *value.shape[1:]).contiguous() if each else value
     if isinstance(value, dict):
-        return {key: _repeat(item, batch) for key, item in value.items()}
+        return {key: _repeat(item, given, batch) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_repeat(item, batch) for item in value)
+        return type(value)(_repeat(item, given, batch) for item in value)
     return value
 
 

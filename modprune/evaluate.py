@@ -43,15 +43,23 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
             logits = first_tensor(call(model, inputs))
             if logits is None or logits.ndim != 2 or labels is None:
                 raise ValueError("Top-1 needs logits of shape (B, classes) and labels: check the model and the loader")
+            labels = labels.to(device)
+            if labels.shape != logits.shape[:1] or labels.is_floating_point():
+                raise ValueError(
+                    f"labels are {logits.shape[0]} integers, one for each row of logits; "
+                    f"given {labels.dtype} of shape {tuple(labels.shape)}: check the loader"
+                )
+            if len(labels) == 0:
+                continue
             if labels.min() < 0 or labels.max() >= logits.shape[1]:
                 raise ValueError(
                     f"labels from {labels.min()} to {labels.max()} with {logits.shape[1]} classes: "
                     f"labels lie in 0..{logits.shape[1] - 1}; check the data and the model's number of classes"
                 )
-            if logits.isnan().any():
-                raise RuntimeError(f"the model gives NaN in the batch after sample {samples}: check its weights")
+            loss = F.cross_entropy(logits.float(), labels.long(), reduction="sum")
+            if loss.isnan():
+                raise RuntimeError(f"the model gives NaN or inf in the batch after sample {samples}: check its weights")
             ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
             totals += torch.stack([loss, ranks[:, 0].sum(), ranks.sum()]).cpu()
             samples += len(labels)
     if samples == 0:

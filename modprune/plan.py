@@ -36,8 +36,8 @@ class PruningPlan:
     remove: tuple[str, ...]
     kinds: tuple[str, ...] = ()
     criterion: str = ""
-    scores: Mapping[str, float] = field(default_factory=dict)
-    freed: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict, hash=False)
+    freed: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("remove", "kinds"):
@@ -53,8 +53,11 @@ class PruningPlan:
             raise ValueError("a plan's 'criterion' is a string")
         for name in ("scores", "freed"):
             value = getattr(self, name)
-            if not isinstance(value, Mapping) or not all(_is_number(item) for item in value.values()):
+            if not isinstance(value, Mapping) or not all(
+                isinstance(k, str) and _is_number(v) for k, v in value.items()
+            ):
                 raise ValueError(f"a plan's '{name}' maps names to finite numbers")
+            object.__setattr__(self, name, dict(value))  # a copy: what the caller does to theirs is not ours
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text; written to `path` as well if given, in one step."""
@@ -93,7 +96,9 @@ class PruningPlan:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and value.bit_length() < 1000  # JSON has integers beyond any float
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _read(path: Path) -> str:

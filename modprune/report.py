@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,26 @@ from torch import nn
 
 from modprune._files import write_text
 from modprune._inputs import device_of
-from modprune.cost import count_params, latency, macs_by_counter
+from modprune.cost import count_params, latency, mac_differences, macs_by_counter
 from modprune.evaluate import Evaluation, evaluate
 
 BATCHES = (1, 64)
-BATCH_NORM = {"fvcore": "batch norm at 2 per element", "thop": "batch norm at 4 per element"}
+COUNTERS = ("modprune", "fvcore", "thop")
+TOLERANCE = 0.02  # of the primary count: cross-checks that differ by more are explained
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What one network is: parameters, MACs per sample by counter, seconds a batch by batch size, accuracy if known."""
+    """What one network is: parameters, MACs per sample by counter, seconds a batch by batch size, accuracy if known.
+
+    `mac_differences` says, for counters that differ from the primary by over 2 %, by how much for each type of module.
+    """
 
     params: int
     macs: Mapping[str, int]
     seconds: Mapping[int, float]
     accuracy: Evaluation | None = None
+    mac_differences: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,13 @@ class Report:
     @property
     def flops_removed(self) -> dict[str, float]:
         """Fraction of the MACs removed, by counter."""
-        return {name: 1 - self.pruned.macs[name] / count for name, count in self.original.macs.items()}
+        both = [name for name in self.original.macs if name in self.pruned.macs]
+        return {name: _removed(self.original.macs[name], self.pruned.macs[name]) for name in both}
 
     @property
     def params_removed(self) -> float:
         """Fraction of the parameters removed."""
-        return 1 - self.pruned.params / self.original.params
+        return _removed(self.original.params, self.pruned.params)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(quantity, original, pruned, change) as text, what the tables show."""
@@ -77,10 +83,16 @@ class Report:
     def notes(self) -> list[str]:
         """What a reader has to know beside the table."""
         notes = [f"Times: median forward pass on {self.device}, {self.threads} threads."]
-        for name, why in BATCH_NORM.items():
-            macs = self.original.macs.get(name)
-            if macs and abs(macs / self.original.macs["modprune"] - 1) > 0.02:
-                notes.append(f"{name} differs by over 2 %: it counts {why}, and attention products not at all.")
+        primary = self.original.macs["modprune"]
+        for name, types in self.original.mac_differences.items():
+            largest = sorted(types, key=lambda t: -abs(types[t]))[:3]
+            parts = ", ".join(f"{t} {types[t] / 1e6:+,.3f} M" for t in largest)
+            notes.append(
+                f"{name} counts {self.original.macs[name] / primary - 1:+.1%} of the original's MACs: {parts}."
+            )
+        left_out = [name for name in COUNTERS if name not in self.flops_removed]
+        if left_out:
+            notes.append(f"Left out, since it cannot count this network or its inputs: {', '.join(left_out)}.")
         return notes
 
     def __str__(self) -> str:
@@ -119,15 +131,24 @@ def compare(
     """
     seconds = {n: latency({"a": original, "b": pruned}, example_inputs, batch=n) for n in BATCHES}
     first, second = (
-        Summary(
-            count_params(model),
-            macs_by_counter(model, example_inputs),
-            {batch: times[key] for batch, times in seconds.items()},
-            evaluate(model, val_loader) if val_loader is not None else None,
-        )
+        _summary(model, example_inputs, {batch: times[key] for batch, times in seconds.items()}, val_loader)
         for key, model in (("a", original), ("b", pruned))
     )
     return Report(first, second, str(device_of(original)), torch.get_num_threads())
+
+
+def _summary(
+    model: nn.Module, example_inputs: Any, seconds: dict[int, float], val_loader: Iterable[Any] | None
+) -> Summary:
+    macs = macs_by_counter(model, example_inputs)
+    far = [name for name, count in macs.items() if abs(count - macs["modprune"]) > TOLERANCE * macs["modprune"]]
+    differences = mac_differences(model, example_inputs) if far else {}
+    accuracy = evaluate(model, val_loader) if val_loader is not None else None
+    return Summary(count_params(model), macs, seconds, accuracy, {name: differences[name] for name in far})
+
+
+def _removed(original: int, pruned: int) -> float:
+    return 1 - pruned / original if original else 0.0
 
 
 def _percent(removed: float) -> str:

@@ -32,6 +32,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
+    model = _bare(model)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
     removed = removed_blocks(model)
     header = {
@@ -61,9 +62,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     header = _header(path, metadata["modprune"])
     if header["sha256"] != _checksum(tensors):
         raise ValueError(f"{path}: the weights do not match their checksum: the file was altered; get it anew")
-    plan = PruningPlan.from_json(json.dumps(header["plan"]))
+    plan = _plan(path, header["plan"])
     if model is None:
         model = _build(path, header["cifar_resnet"])
+        model.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), None))
     trial = copy.deepcopy(model)
     for candidate in (trial, model):  # all that can fail fails on the trial, before the caller's model is touched
         try:
@@ -124,7 +126,7 @@ def _read_torch(path: Path) -> Any:
     except IsADirectoryError:
         raise IsADirectoryError(f"{path}: a folder; give the file of weights in it") from None
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if "Unsupported operand" not in str(error) and ("Unsupported" in str(error) or "GLOBAL" in str(error)):
             raise ValueError(
                 f"{path}: loading it would run code from the file; refused. Save only model.state_dict() to it"
             ) from None
@@ -139,11 +141,33 @@ def _header(path: str | Path, text: str) -> dict[str, Any]:
     try:
         header = json.loads(text)
         version = header["format"]
-        if isinstance(version, int) and version > FORMAT:
+        if type(version) is not int or version < 1:
+            raise TypeError
+        if version > FORMAT:
             raise ValueError(f"{path}: of format {version}; this modprune reads up to {FORMAT}: update modprune")
         return {key: header[key] for key in ("sha256", "plan", "cifar_resnet")}
     except (KeyError, TypeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path}: its header is damaged: get it anew") from None
+
+
+def _plan(path: str | Path, data: Any) -> PruningPlan:
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: its header is damaged: get it anew")
+    try:
+        return PruningPlan.from_json(json.dumps(data))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The user's own module inside torch.compile's and the parallel wrappers, which put prefixes before all names."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def _check_fit(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -41,9 +41,9 @@ class Budget:
         for name in ("flops", "params"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and 0 < float(value) < 1):
-                raise ValueError(f"{name}={value}: a fraction between 0 and 1 is needed, such as 0.6 for 60 %")
+                raise ValueError(f"{name}={value!r}: a fraction between 0 and 1 is needed, such as 0.6 for 60 %")
         if self.blocks is not None and not (isinstance(self.blocks, Integral) and self.blocks >= 1):
-            raise ValueError(f"blocks={self.blocks}: a whole number of at least 1 is needed")
+            raise ValueError(f"blocks={self.blocks!r}: a whole number of at least 1 is needed")
         if self.flops is None and self.params is None and self.blocks is None:
             raise ValueError("no budget: give flops=, params= or blocks=, how much must go")
 

@@ -87,9 +87,9 @@ class Report:
         for name, types in self.original.mac_differences.items():
             largest = sorted(types, key=lambda t: -abs(types[t]))[:3]
             parts = ", ".join(f"{t} {types[t] / 1e6:+,.3f} M" for t in largest)
-            notes.append(
-                f"{name} counts {self.original.macs[name] / primary - 1:+.1%} of the original's MACs: {parts}."
-            )
+            change = self.original.macs[name] / primary - 1
+            more = f"{abs(change):.1%}".replace("%", " %") + (" more" if change > 0 else " fewer")
+            notes.append(f"{name} counts {more} MACs in the original: {parts}.")
         left_out = [name for name in COUNTERS if name not in self.flops_removed]
         if left_out:
             notes.append(f"Left out, since it cannot count this network or its inputs: {', '.join(left_out)}.")

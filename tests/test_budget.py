@@ -13,7 +13,7 @@ from tests.oracles import best_set
 
 scores = st.one_of(st.floats(-1, 1, allow_nan=False), st.integers(-2, 2).map(lambda n: n / 4))
 costs = st.lists(st.tuples(scores, st.integers(0, 6), st.sampled_from([1, 5, 9])), min_size=1, max_size=9)
-fractions = st.one_of(st.none(), st.floats(0.05, 0.9))
+fractions = st.one_of(st.none(), st.integers(3, 58).map(lambda n: n / 64))  # exact in binary, as the oracle needs
 
 
 @settings(max_examples=150, deadline=None)
@@ -39,6 +39,24 @@ def test_the_order_in_which_candidates_come_does_not_choose():
     assert scores == sorted(c.score for c in forward)[: len(chosen)]
 
 
+@pytest.mark.parametrize("tenths", range(1, 10))
+@pytest.mark.parametrize("ask", [lambda n: n / 10, lambda n: 1 - (10 - n) / 10, lambda n: sum([0.1] * n)])
+def test_a_fraction_means_its_decimal(tenths, ask):
+    """0.1 is a little over 1/10 as a float, and 1 - 0.3 a little under 0.7: neither changes how many blocks go."""
+    candidates = [Candidate(str(i), i, 10, 10) for i in range(10)]
+    assert choose(candidates, Budget(flops=ask(tenths)), 100, 100) == tuple(str(i) for i in range(tenths))
+
+
+@pytest.mark.parametrize("budget", [Budget(0.6, 0.43), Budget(0.5, 0.2, blocks=132)])
+def test_a_network_of_198_blocks_takes_no_time(budget):
+    costs = [(4_718_592, 4_672), (4_718_592, 18_560), (4_718_592, 73_984)]
+    candidates = [Candidate(str(i), (i * 37 % 199) / 7, *costs[i // 66]) for i in range(198)]
+    started = time.perf_counter()
+    chosen = choose(candidates, budget, 198 * 4_718_592 + 10**7, 66 * (4_672 + 18_560 + 73_984) + 10**5)
+    assert time.perf_counter() - started < 2
+    assert budget.blocks in (None, len(chosen))
+
+
 def test_many_blocks_take_no_time():
     candidates = [Candidate(str(i), (i * 37 % 101) / 100, 10**6 + i * 7919, 10**5 + i * 104729) for i in range(40)]
     started = time.perf_counter()
@@ -51,7 +69,19 @@ def test_the_error_says_the_most_that_can_be_had():
         choose([Candidate("a", 0, 20, 1), Candidate("b", 0, 20, 1)], Budget(flops=0.9), 100, 10)
 
 
-@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, float("nan")])
+def test_too_few_blocks_says_the_most_that_so_many_free():
+    candidates = [Candidate("a", 0, 20, 1), Candidate("b", 0, 10, 2), Candidate("c", 0, 5, 3)]
+    with pytest.raises(ValueError, match=r"so many free at most 30.0% of the MACs and 50.0% of the parameters"):
+        choose(candidates, Budget(flops=0.34, blocks=2), 100, 10)
+
+
+@pytest.mark.parametrize("blocks", [0, 2.5, "3"])
+def test_blocks_are_a_whole_number(blocks):
+    with pytest.raises(ValueError, match="a whole number of at least 1"):
+        Budget(blocks=blocks)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, float("nan"), "0.6"])
 def test_fractions_lie_between_0_and_1(value):
     with pytest.raises(ValueError, match="a fraction between 0 and 1"):
         Budget(flops=value)

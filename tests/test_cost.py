@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from modprune.cost import count_macs, count_params, latency, macs_by_counter, macs_by_module
+from modprune.cost import count_macs, count_params, latency, mac_differences, macs_by_counter, macs_by_module
 from modprune.models import resnet20, resnet56
 
 
@@ -33,6 +33,79 @@ def test_published_figures():
         "thop": 127.616,
     }
     assert count_params(resnet56()) == 853_018
+
+
+@pytest.mark.parametrize(("name", "millions"), [("resnet50", 4089.2), ("vit_b_16", 17563.8)])
+def test_published_figures_of_larger_networks(name, millions):
+    with torch.device("meta"):
+        macs = count_macs(getattr(torchvision.models, name)(), torch.zeros(1, 3, 224, 224))
+    assert round(macs / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_differences_are_explained_by_hand(batch):
+    """Batch norm of c channels on s x s pixels: fvcore counts 2 and thop 4 for each element."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    images, elements = torch.zeros(batch, 3, 5, 5), 4 * 5 * 5
+    assert mac_differences(model, images) == {
+        "fvcore": {"BatchNorm2d": 2 * elements},
+        "thop": {"BatchNorm2d": 4 * elements},
+    }
+    macs = macs_by_counter(model, images)
+    assert macs["fvcore"] - macs["modprune"] == 2 * elements
+
+
+def test_attention_is_what_the_cross_checks_miss():
+    layer, tokens = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.zeros(1, 5, 8)
+    missed = mac_differences(layer, tokens)
+    assert missed["fvcore"]["MultiheadAttention"] == -2 * 5 * 5 * 8  # Q K^T and its product with V
+    assert missed["thop"]["MultiheadAttention"] == -2 * 5 * 5 * 8 - 5 * 4 * 8 * 8  # and all four projections
+
+
+class Odd(nn.Module):
+    """Beyond thop, which sees layers alone, and beyond fvcore, whose tracer takes no plain numbers as outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 3))
+
+    def forward(self, x, _):
+        return {"logits": nn.functional.linear(x, self.weight), "size": 3}
+
+
+def test_a_counter_that_cannot_is_left_out():
+    inputs = torch.zeros(1, 3), torch.zeros(5, 5)
+    assert macs_by_counter(Odd(), inputs) == {"modprune": 12}
+    assert latency({"odd": Odd()}, inputs, batch=2, seconds=0)["odd"] > 0
+
+
+class Cached(nn.Linear):
+    """Makes something in its first pass that all later ones use."""
+
+    scale: torch.Tensor | None = None
+
+    def forward(self, x):
+        self.scale = torch.ones(3) if self.scale is None else self.scale
+        return super().forward(x) * self.scale
+
+
+def test_a_measured_model_can_still_be_trained():
+    model = Cached(3, 3)
+    latency({"a": model}, torch.zeros(1, 3), seconds=0)
+    model(torch.zeros(1, 3)).sum().backward()
+
+
+class Masked(nn.Linear):
+    def forward(self, x, mask):
+        return super().forward(x) + mask.sum()
+
+
+def test_masks_are_not_repeated():
+    seen = []
+    model = Masked(3, 3)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append([tuple(i.shape) for i in inputs]))
+    latency({"a": model}, (torch.zeros(1, 3), torch.zeros(5, 5)), batch=4, seconds=0)
+    assert seen[0] == [(4, 3), (5, 5)]
 
 
 def test_attention_is_counted():

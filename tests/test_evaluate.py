@@ -25,11 +25,21 @@ def test_by_hand():
     assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_labels_are_integers_of_any_width_and_empty_batches_count_nothing(dtype):
+    batches = [(torch.eye(3), torch.arange(3, dtype=dtype)), (torch.zeros(0, 3), torch.zeros(0, dtype=dtype))]
+    result = evaluate(Given(), batches)
+    assert (result.top1, result.samples) == (100, 3)
+
+
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
         ([(torch.zeros(2, 3), torch.tensor([0, 3]))], ValueError, r"labels from 0 to 3 with 3 classes"),
         ([(torch.full((2, 3), torch.nan), torch.tensor([0, 1]))], RuntimeError, "gives NaN"),
+        ([(torch.full((2, 3), torch.inf), torch.tensor([0, 1]))], RuntimeError, "gives NaN or inf"),
+        ([(torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.long))], ValueError, r"2 integers.* of shape \(2, 1\)"),
+        ([(torch.zeros(2, 3), torch.zeros(2))], ValueError, r"2 integers.* given torch.float32"),
         ([], ValueError, "no batch"),
         ([torch.zeros(2, 3)], ValueError, "needs logits"),
     ],

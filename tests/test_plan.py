@@ -39,6 +39,16 @@ def test_any_json_is_a_plan_or_one_clear_line(value):
             raise
 
 
+def test_a_plan_is_a_value():
+    scores = {"layer1.0": 0.5}
+    plan = PruningPlan(("layer1.0",), scores=scores)
+    scores["layer1.0"] = 9.0
+    assert plan.scores == {"layer1.0": 0.5}
+    assert {plan} == {PruningPlan(("layer1.0",), scores={"layer1.0": 0.5})}
+    with pytest.raises(ValueError, match="maps names to finite numbers"):
+        PruningPlan(("layer1.0",), scores={1: 0.5})
+
+
 def test_files(tmp_path):
     plan = PruningPlan(("layer1.0",))
     plan.to_json(tmp_path / "deep" / "plan.json")
@@ -53,6 +63,7 @@ def test_files(tmp_path):
     [
         ('{"remove": ["a"], "format": 2}', "format 2; this modprune reads up to 1"),
         ('{"remove": ["a", "a"]}', "every block once"),
+        ('{"remove": ["a"], "scores": {"a": 1' + "0" * 400 + "}}", "finite numbers"),
         ('{"remove": "ab"}', "tuple of strings"),
         ('{"remove": ["a"], "kinds": ["wide"]}', "identity, transition"),
         ('{"remove": ["a"], "code": 1}', "unknown field 'code'"),

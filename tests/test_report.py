@@ -28,6 +28,30 @@ def test_numbers_reach_text_markdown_and_json(tmp_path):
     assert data["flops_removed"]["modprune"] == pytest.approx(2 * 4718592 / 125485696)
 
 
+def test_a_large_difference_names_what_explains_it():
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    text = str(compare(layer, layer, torch.zeros(1, 5, 8)))
+    assert "MACs in the original: MultiheadAttention -0." in text
+    assert "thop counts" in text
+    assert "BatchNorm" not in text  # it has none
+
+
+class Functional(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, 3))
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight)
+
+
+def test_a_counter_that_finds_nothing_is_left_out_and_named():
+    report = compare(Functional(), Functional(), torch.zeros(1, 3))
+    assert "thop" not in report.flops_removed
+    assert "Left out, since it cannot count this network or its inputs: thop." in str(report)
+    assert json.loads(report.to_json())["flops_removed"] == report.flops_removed
+
+
 def test_accuracy_and_time_are_of_the_right_network():
     report = compare(resnet20(), resnet56(), torch.zeros(1, 3, 8, 8), ImageLoader(digits(False), 120))
     assert report.pruned.params > report.original.params

@@ -46,6 +46,36 @@ def test_round_trip_of_a_network_from_elsewhere(tmp_path):
         load(tmp_path / "b.safetensors")
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_wrappers_are_not_saved(tmp_path, wrap):
+    model = PruningPlan(REMOVE).apply(resnet20()).eval()
+    save(wrap(model), tmp_path / "w.safetensors")
+    assert torch.equal(load(tmp_path / "w.safetensors").eval()(X), model(X))
+
+
+def test_a_built_in_network_keeps_its_precision(tmp_path):
+    model = resnet20().to(torch.bfloat16).eval()
+    save(model, tmp_path / "half.safetensors")
+    loaded = load(tmp_path / "half.safetensors").eval()
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.bn1.num_batches_tracked.dtype == torch.int64
+    assert torch.equal(loaded(X.bfloat16()), model(X.bfloat16()))
+
+
+@pytest.mark.parametrize(
+    "change", [{"format": "1"}, {"format": 0}, {"plan": []}, {"cifar_resnet": {"blocks": [3, 3], "num_classes": 7}}]
+)
+def test_a_damaged_header(saved, change):
+    _, path = saved
+    with safetensors.safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["modprune"]) | change
+    path.write_bytes(
+        safetensors.torch.save(safetensors.torch.load(path.read_bytes()), {"modprune": json.dumps(header)})
+    )
+    with pytest.raises(ValueError, match=rf"{path.name}: its header is damaged"):
+        load(path)
+
+
 def damage(path, kind: str):
     data = path.read_bytes()
     if kind == "truncated":
@@ -115,12 +145,14 @@ def test_bad_weights_are_one_line_and_change_nothing(tmp_path, capsys):
     torch.save(resnet20().state_dict(), tmp_path / "whole.th")
     (tmp_path / "truncated.th").write_bytes((tmp_path / "whole.th").read_bytes()[:50_000])
     torch.save([1, 2], tmp_path / "list.th")
+    (tmp_path / "text.th").write_text('{"a": 1}')
     model = resnet56()
     before = model.eval()(X)
     for name, message in (
         ("evil.th", "would run code"),
         ("pickle.th", "would run code|not a PyTorch file"),
         ("truncated.th", "truncated"),
+        ("text.th", "not a PyTorch file"),
         ("list.th", "no state dict"),
         ("whole.th", "another network"),
     ):

@@ -1,41 +1,50 @@
 """Which blocks of a network can go, and why the rest cannot.
 
-One forward pass notes what goes in and out of every composite sub-module; the autograd graph between the two tells
-whether the output is `shortcut(x) + branch(x)`. No class name is ever asked for. Lu et al. (ECCV 2022) prune the
-same blocks, by a list for each network.
+One forward pass notes what goes in and out of every sub-module; the autograd graph between the two tells whether the
+output is `shortcut(x) + branch(x)`. No class name is ever asked for. Lu et al. (ECCV 2022) prune the same blocks, by
+a list for each network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modprune._inputs import call, device_of, evaluating, first_tensor, to_device
+from modprune._depgraph import (
+    ACTIVATIONS,
+    Call,
+    between,
+    identity_path,
+    is_any,
+    last_sum,
+    parameters,
+    record_calls,
+    traceable,
+    users,
+)
+from modprune._inputs import device_of, first_tensor, to_device
+from modprune.bypass import shortcut_only
 from modprune.cost import macs_by_module
-
-# Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
-ADDS = ("AddBackward",)
-ACTIVATIONS = ("Relu", "Hardtanh", "Gelu", "Silu", "Hardswish", "LeakyRelu", "Elu", "Mish", "Clamp")
-LAYOUT = ("View", "UnsafeView", "Reshape", "Alias", "Permute", "Transpose", "Roll", "Clone", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A sub-module whose output is `shortcut(x) + branch(x)`, as a value.
+    """A sub-module whose output is `shortcut(x) + branch(x)`, or a plain unit, as a value.
 
     Attributes:
-        name: qualified name, as in `model.get_submodule(name)`.
-        kind: "identity" (the shortcut is x: the whole block can go) or "transition" (the shortcut changes the shape:
-            the branch can go).
-        params: parameters that go with it.
+        name: qualified name, as in `model.get_submodule(name)`; of a plain unit, that of its convolution.
+        kind: "identity" (the shortcut is x: the whole block can go), "transition" (the shortcut changes the shape: the
+            branch can go) or "plain" (convolution, norm and activation that keep the shape).
+        params: parameters that go with it; those shared with other layers do not.
         macs: MACs per sample that go with it, by the primary counter.
         layers: qualified names of the layers that go with it, in the order of `model.named_modules()`.
         exact: whether the block with all parameters zero gave its input back bit for bit, the proof that the
-            shortcut is the identity; False for transitions and where an activation follows that alters its input.
+            shortcut is the identity; False for other kinds and where an activation follows that alters its input.
+        outputs: length of the tuple that it gives back, the block's output first; 0 for a tensor alone.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Block:
     macs: int
     layers: tuple[str, ...]
     exact: bool = True
+    outputs: int = 0
 
 
 class Blocks(tuple[Block, ...]):
@@ -63,16 +73,19 @@ class Blocks(tuple[Block, ...]):
 
 
 def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
-    """The residual blocks of a model in forward order, with what each costs; empty if it has none.
+    """The removable blocks of a model in forward order, with what each costs; empty if it has none.
 
+    Residual blocks; where they lie in one another the inner ones, unless a quarter of the outer one lies outside of
+    them. Plain units where the model has no shortcut at all.
     Two forward passes (one traced, one counted) and one more of every identity block, for the proof that the shortcut
     is the identity. The model is left as found.
 
     Args:
-        model: any module; on any device.
+        model: any bare module; on any device.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, with batch dimension.
 
     Raises:
+        ValueError: if the model is compiled or wrapped for several devices.
         RuntimeError: if the model cannot run on `example_inputs`; one line.
 
     >>> from modprune.models import resnet20
@@ -80,237 +93,187 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
     >>> len(blocks), blocks[0].name, blocks[0].kind, blocks[0].params, blocks[3].kind
     (9, 'layer1.0', 'identity', 4672, 'transition')
     """
-    inputs = to_device(example_inputs, device_of(model))
-    modes = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with evaluating(model), torch.enable_grad():
-            for parameter, _ in modes:
-                parameter.requires_grad_(True)
-            calls, output = _record(model, _tracked(inputs))
-            found, refused = _judge(calls, output)
-            macs = macs_by_module(model, inputs)
-            blocks = [_describe(calls[name], kind, kept, macs) for name, (kind, kept) in found.items()]
-    finally:
-        for parameter, requires_grad in modes:
-            parameter.requires_grad_(requires_grad)
+    check_bare(model)
+    with traceable(model):
+        inputs = to_device(example_inputs, device_of(model))
+        calls, output = record_calls(model, inputs)
+        uses = users(output)
+        found, refused = _residual(calls, uses)
+        if not found and not refused:
+            found = _plain(model, calls, uses)
+        macs = macs_by_module(model, inputs) if found else {}
+        blocks = [_describe(model, calls[name], kind, stays, macs) for name, (kind, stays) in found.items()]
     return Blocks(blocks, refused)
 
 
-# The kind of a block and, of a transition, the autograd nodes of the shortcut that stays.
-_Shape = tuple[str, set[Any]]
+def check_bare(model: nn.Module) -> None:
+    """ValueError if blocks cannot be seen or replaced safely because the model is wrapped or compiled."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(f"the model is wrapped in {type(model).__name__}: pass model.module, then wrap it anew")
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        raise ValueError("the model is compiled: pass the module as it was before, then compile it anew")
 
 
-@dataclass
-class _Call:
-    """What a hook saw of one sub-module: its arguments, the ends of its autograd graph, and when it finished."""
+def norm_after(model: nn.Module, name: str) -> str | None:
+    """The norm of the plain unit with convolution `name`: the next child of the same parent; None if it is no unit.
 
-    name: str
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    x: Tensor
-    start: Any
-    end: Any = None
-    shape: torch.Size | None = None
-    times: int = 1
-
-
-def _tracked(value: Any) -> Any:
-    """`value` with its floating point tensors as results of an operation, so that a block on the input is seen too."""
-    if isinstance(value, Tensor):
-        return value.detach().requires_grad_() * 1 if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _tracked(item) for key, item in value.items()}
-    return type(value)(_tracked(item) for item in value) if isinstance(value, (tuple, list)) else value
+    The convolution has as many channels out as in, one group and a kernel above 1x1; the norm a scale for each.
+    """
+    weight = getattr(model.get_submodule(name), "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 3 or weight.shape[0] != weight.shape[1]:
+        return None
+    norm = _next_child(model, name)
+    if weight[0, 0].numel() == 1 or norm is None:
+        return None
+    scales = {tuple(p.shape) for p in model.get_submodule(norm).parameters()}
+    return norm if scales == {(len(weight),)} else None
 
 
-def _record(model: nn.Module, inputs: Any) -> tuple[dict[str, _Call], Any]:
-    """Calls of all composite sub-modules with parameters, in the order in which they began, and the model's output."""
-    calls: dict[str, _Call] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if not name or not any(True for _ in module.children()) or not any(True for _ in module.parameters()):
-            continue
-
-        def before(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            x = first_tensor((args, kwargs))
-            if name in calls:
-                calls[name].times += 1
-            elif x is not None and x.grad_fn is not None:
-                # Later layers may write into x in place: the proof needs it as it is now.
-                calls[name] = _Call(name, module, args, kwargs, x.detach().clone(), x.grad_fn)
-
-        def after(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
-            y = first_tensor(out)
-            if name in calls and y is not None and calls[name].end is None:
-                calls[name].end, calls[name].shape = y.grad_fn, y.shape
-
-        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
-        output = call(model, inputs)
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise RuntimeError(f"{type(model).__name__} does not run on the example inputs: {reason[0]}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls, output
+def activation_after(model: nn.Module, norm: str) -> str | None:
+    """The activation of torch that is the next child after a norm; None if the next is anything else."""
+    name = _next_child(model, norm)
+    following = type(model.get_submodule(name)) if name else nn.Module
+    return name if following.__module__ == nn.ReLU.__module__ else None
 
 
-def _judge(calls: dict[str, _Call], output: Any) -> tuple[dict[str, _Shape], dict[str, str]]:
-    """Accepted names with what they are, innermost only, and refused names with the reason."""
-    users = _users(output)
-    found: dict[str, _Shape] = {}
+def _next_child(model: nn.Module, name: str) -> str | None:
+    parent, _, own = name.rpartition(".")
+    children = [key for key, _ in model.get_submodule(parent).named_children()]
+    following = children[children.index(own) + 1 :][:1]
+    return f"{parent}.{following[0]}".lstrip(".") if following else None
+
+
+# The kind of a block and the parameters of it that stay, by id: those of a transition's shortcut.
+_Found = dict[str, tuple[str, set[int]]]
+
+
+def _residual(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> tuple[_Found, dict[str, str]]:
+    """Residual blocks in forward order, and names of candidates refused with the reason."""
+    found: _Found = {}
     refused: dict[str, str] = {}
     for name in sorted(calls, key=lambda name: name.count("."), reverse=True):
-        if any(inner.startswith(name + ".") for inner in (*found, *refused)):
-            continue
         seen = calls[name]
-        shape = _shape(seen)
-        if shape is None:
+        inner = [other for other in (*found, *refused) if other.startswith(name + ".")]
+        if not seen.composite or not all(other in found for other in inner):
             continue
-        reason = _obstacle(seen, users)
-        if reason:
-            refused[name] = reason
-        else:
-            found[name] = shape
+        kind = _kind(seen)
+        if not kind or (inner and not (kind == "identity" and _is_more_than(seen, [calls[n] for n in inner]))):
+            continue
+        try:
+            if reason := _obstacle(seen, uses):
+                raise ValueError(reason)
+            kept = shortcut_only(seen.module).parameters() if kind == "transition" else ()
+        except ValueError as error:
+            if not inner:
+                refused[name] = str(error)
+            continue
+        found = {other: found[other] for other in found if other not in inner}
+        found[name] = kind, {id(parameter) for parameter in kept}
     return {name: found[name] for name in calls if name in found}, refused
 
 
-def _shape(seen: _Call) -> _Shape | None:
-    """What a call looks like by its autograd graph; None if it is no block."""
-    if seen.end is None or seen.end is seen.start:
-        return None
-    inside = _between(seen.end, seen.start)
-    if seen.start not in inside:
-        return None
-    if seen.shape == seen.x.shape and _has_identity_path(seen.end, seen.start):
-        return "identity", set()
-    add = seen.end
-    while _is(add, ACTIVATIONS + LAYOUT) and add.next_functions:
-        add = add.next_functions[0][0]
-    if not _is(add, ADDS) or len(add.next_functions) != 2:
-        return None
-    sides = [_between(operand, seen.start) for operand, _ in add.next_functions]
-    if any(seen.start not in side for side in sides):
-        return None
-    shortcut, branch = sorted(sides, key=lambda side: sum(p.numel() for p in _parameters(side)))
-    if not _parameters(branch) or len(_parameters(branch)) == len(_parameters(shortcut)):
-        return None
-    return "transition", shortcut
+def _is_more_than(outer: Call, inner: Sequence[Call]) -> bool:
+    """Whether a block with blocks in it is one of its own: at least a quarter of its parameters lie outside of them.
+
+    A stage has none outside of its blocks. A layer of BERT has its MLP beside its attention, the one block in it.
+    """
+    inside = sum(p.numel() for call in inner for p in call.module.parameters())
+    return 3 * sum(p.numel() for p in outer.module.parameters()) >= 4 * inside
 
 
-def _obstacle(seen: _Call, users: dict[Any, set[Any]]) -> str:
+def _kind(seen: Call) -> str:
+    """What kind of block a call looks like by its autograd graph; empty if it is no residual block."""
+    if seen.end is None or seen.end[0] is seen.start[0]:
+        return ""
+    path = identity_path(seen.end, seen.start) if seen.shape == seen.x.shape else ""
+    if path == "branch" or (path == "other" and _is_fed(seen)):
+        return "identity"
+    sides = [between(operand, seen.start) for operand in last_sum(seen.end[0])]
+    if not sides or any(seen.start[0] not in side for side in sides):
+        return ""
+    one, other = ({id(parameter) for parameter in parameters(side)} for side in sides)
+    return "transition" if one != other else ""
+
+
+def _obstacle(seen: Call, uses: dict[Any, set[Any]]) -> str:
     """Why the block cannot go though it has the right shape; empty if it can."""
     if seen.times > 1:
         return f"called {seen.times} times in one forward pass"
-    inside = _between(seen.end, seen.start)
-    own = {id(parameter) for parameter in seen.module.parameters()}
-    if any(id(parameter) not in own for parameter in _parameters(inside)):
+    if seen.form:
+        return f"it gives back a {seen.form}, neither a tensor nor a tuple"
+    if _is_fed(seen):
         return "another layer feeds into it"
-    hidden = inside - {seen.start, seen.end}
-    if any(users.get(node, set()) - inside for node in hidden if not hasattr(node, "variable")):
+    assert seen.end is not None
+    inside = between(seen.end[0], seen.start)
+    hidden = inside - {seen.start[0], seen.end[0]}
+    if any(uses.get(node, set()) - inside for node in hidden if not hasattr(node, "variable")):
         return "a value from inside it is used outside"
     return ""
 
 
-def _describe(seen: _Call, kind: str, kept: set[Any], macs: dict[str, int]) -> Block:
-    staying = {id(parameter) for parameter in _parameters(kept)}
-    layers = tuple(
-        f"{seen.name}.{name}" if name else seen.name
-        for name, module in seen.module.named_modules()
-        if (own := list(module.parameters(recurse=False))) and not any(id(p) in staying for p in own)
-    )
-    params = sum(p.numel() for p in seen.module.parameters() if id(p) not in staying)
-    freed = macs[seen.name] if kind == "identity" else sum(macs[layer] for layer in layers)
-    return Block(seen.name, kind, params, freed, layers, kind == "identity" and _gives_input_back(seen))
+def _is_fed(seen: Call) -> bool:
+    """Whether parameters from outside the block reach its output other than through its input."""
+    assert seen.end is not None
+    own = {id(parameter) for parameter in seen.module.parameters()}
+    return any(id(parameter) not in own for parameter in parameters(between(seen.end[0], seen.start)))
 
 
-def _gives_input_back(seen: _Call) -> bool:
+def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) -> _Found:
+    """Plain units: the convolution's output goes to the norm alone, the norm's to an activation alone."""
+    found: _Found = {}
+    for name, conv in calls.items():
+        norm = calls.get(norm_after(model, name) or "")
+        if norm is None or conv.end is None or norm.end is None or norm.start != conv.end:
+            continue
+        once = conv.times == norm.times == 1 and conv.x.shape == conv.shape == norm.shape
+        if once and uses.get(conv.end[0]) == {norm.end[0]}:
+            after = uses.get(norm.end[0], set())
+            if len(after) == 1 and all(is_any(node, ACTIVATIONS) for node in after):
+                found[name] = "plain", set()
+    return found
+
+
+def _describe(model: nn.Module, seen: Call, kind: str, stays: set[int], macs: dict[str, int]) -> Block:
+    roots = [seen.name, norm_after(model, seen.name)] if kind == "plain" else [seen.name]
+    inside = {n: m for n, m in model.named_modules() if any(n == r or n.startswith(f"{r}.") for r in roots)}
+    own = {name: list(module.parameters(recurse=False)) for name, module in inside.items()}
+    shared = {id(p) for n, m in model.named_modules() if n not in inside for p in m.parameters(recurse=False)}
+    going = {id(p): p.numel() for ps in own.values() for p in ps if id(p) not in stays | shared}
+    staying = {name for name, ps in own.items() if any(id(p) in stays for p in ps)}
+    alone = {
+        name: macs[name] - sum(macs[f"{name}.{child}"] for child, _ in inside[name].named_children())
+        for name in staying
+    }
+    layers = tuple(name for name, ps in own.items() if ps and name not in staying)
+    exact = kind == "identity" and _gives_input_back(seen)
+    freed = macs[seen.name] - sum(alone.values())
+    return Block(seen.name, kind, sum(going.values()), freed, layers, exact, seen.outputs)
+
+
+def _gives_input_back(seen: Call) -> bool:
     """Whether the block with all its parameters zero returns its input bit for bit."""
     saved = [(parameter, parameter.detach().clone()) for parameter in seen.module.parameters()]
-    args, kwargs = _replace_first((seen.args, seen.kwargs), seen.x.clone())
+    args, kwargs = _replace_first(seen.args, seen.kwargs, seen.x.clone())
     try:
         with torch.no_grad():
             for parameter, _ in saved:
                 parameter.zero_()
-            return torch.equal(first_tensor(seen.module(*args, **kwargs)), seen.x)  # type: ignore[arg-type]
+            y = first_tensor(seen.module(*args, **kwargs))
+            return y is not None and torch.equal(y, seen.x)
+    except Exception:  # a cache among the arguments has grown since, and does not fit a second time
+        return False
     finally:
         with torch.no_grad():
             for parameter, value in saved:
                 parameter.copy_(value)
 
 
-def _replace_first(value: tuple[Any, ...], tensor: Tensor) -> Any:
-    """`value` with the first tensor inside it replaced."""
-    args, kwargs = value
-    if first_tensor(args) is not None:
-        if isinstance(args[0], Tensor):
-            return (tensor, *args[1:]), kwargs
-        return args, kwargs
-    key = next(key for key, item in kwargs.items() if isinstance(item, Tensor))
-    return args, {**kwargs, key: tensor}
-
-
-def _is(node: Any, kinds: tuple[str, ...]) -> bool:
-    return node.name().startswith(kinds)
-
-
-def _between(end: Any, start: Any) -> set[Any]:
-    """Autograd nodes from `end` back to `start`, both included; the walk does not go past `start`."""
-    seen, stack = {end}, [end]
-    while stack:
-        node = stack.pop()
-        if node is start:
-            continue
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return seen
-
-
-def _has_identity_path(end: Any, start: Any) -> bool:
-    """Whether `start` is reached from `end` by sums, activations and changes of layout alone, with at least one sum."""
-    seen, stack = set(), [(end, False)]
-    while stack:
-        node, added = stack.pop()
-        if node is start:
-            if added:
-                return True
-            continue
-        if (node, added) in seen or not _is(node, ADDS + ACTIVATIONS + LAYOUT):
-            continue
-        seen.add((node, added))
-        stack += [(n, added or _is(node, ADDS)) for n, _ in node.next_functions if n is not None]
-    return False
-
-
-def _parameters(nodes: set[Any]) -> list[Tensor]:
-    return [node.variable for node in nodes if hasattr(node, "variable")]
-
-
-def _users(output: Any) -> dict[Any, set[Any]]:
-    """For every autograd node behind the output, the nodes that use its value."""
-    users: dict[Any, set[Any]] = {}
-    stack = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        for following, _ in node.next_functions:
-            if following is None:
-                continue
-            users.setdefault(following, set()).add(node)
-            if following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return users
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
+def _replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the tensor that came first replaced by `x`."""
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return (*args[:i], x, *args[i + 1 :]), kwargs
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return args, {**kwargs, key: x}
+    return args, kwargs

@@ -1,19 +1,219 @@
-"""A pass-through in a block's place."""
+"""What stands in a block's place: a pass-through, or the block's own shortcut alone."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
+
+from modprune._depgraph import first_line
+
+MARK = "modprune"
+# What a shortcut may pass through in a traced block; the autograd names in `_depgraph` say the same of a run one.
+_SUMS = ("add", "iadd", "add_")
+_SILENT = (
+    *("relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "softplus"),
+    *("view", "reshape", "flatten", "permute", "transpose", "swapaxes", "contiguous", "roll"),
+    *("squeeze", "unsqueeze", "to", "dropout", "stochastic_depth"),
+)
+_SILENT_LAYERS = (
+    *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus),
+    *(nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten),
+)
 
 
 class PassThrough(nn.Module):
     """Gives its first argument back and ignores the others.
 
-    >>> PassThrough()("x", "mask")
-    'x'
+    Args:
+        outputs: length of the tuple that the block gave, of which the first item was its output; 0 for no tuple.
+        kind: of the block that stood here, "identity" or "plain".
+
+    >>> PassThrough()("x", "mask"), PassThrough(outputs=2)(hidden="x")
+    ('x', ('x', None))
     """
 
-    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
-        """`x` itself, not a copy."""
-        return x
+    def __init__(self, outputs: int = 0, kind: str = "identity") -> None:
+        super().__init__()
+        self.outputs, self.kind = outputs, kind
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The first argument itself, not a copy, in the form that the block gave."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not self.outputs or isinstance(x, tuple):
+            return x
+        return (x, *[None] * (self.outputs - 1))
+
+
+class Copy(nn.Module):
+    """Gives a copy back: an activation in place that comes next must not write into what gradients need.
+
+    >>> Copy()(torch.ones(2))
+    tensor([1., 1.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A copy of `x`."""
+        return x.clone()
+
+
+@contextmanager
+def bypassed(model: nn.Module, name: str, stand_in: nn.Module | None = None) -> Iterator[nn.Module]:
+    """The model with `stand_in` (a `PassThrough` if None) in a block's place; the block is put back after it.
+
+    Raises:
+        ValueError: if the model has no such module.
+
+    >>> model = nn.Sequential(nn.ReLU(), nn.Sigmoid())
+    >>> with bypassed(model, "1"):
+    ...     print(model(nn.Parameter().new_tensor([-1.0, 2.0])))
+    tensor([0., 2.])
+    >>> model[1]
+    Sigmoid()
+    """
+    if not name or name not in dict(model.named_modules()):
+        raise ValueError(f"{name!r}: {type(model).__name__} has no such module; see model.named_modules()")
+    block = model.get_submodule(name)
+    stand_in = PassThrough() if stand_in is None else stand_in
+    model.set_submodule(name, stand_in.train(block.training))
+    try:
+        yield model
+    finally:
+        model.set_submodule(name, block)
+
+
+def shortcut_only(block: nn.Module) -> fx.GraphModule:
+    """The block with its sum replaced by the cheaper operand and all that no longer counts left out.
+
+    Raises:
+        ValueError: if torch.fx cannot trace the block or it does not end in a sum of two values made from its input.
+    """
+    for traced in _traces(block):
+        total, sides = _last_sum(traced)
+        if total is None:
+            continue
+        total.replace_all_uses_with(min(sides, key=lambda side: _params_behind(side, traced)))
+        traced.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target is not torch._assert)
+        kept = fx.GraphModule(traced, traced.graph, class_name=type(block).__name__)  # copies what the graph names
+        for inner, module in kept.named_modules():
+            module.training = block.get_submodule(inner).training
+        kept.meta[MARK] = "transition"
+        return kept
+    raise ValueError("its output is not shortcut(x) + branch(x)")
+
+
+def traced_kind(block: nn.Module) -> str:
+    """What kind a block is, by torch.fx from it alone: "identity", "transition", or "" if neither.
+
+    Raises:
+        ValueError: if torch.fx cannot trace the block.
+    """
+    kinds = [
+        "identity" if _has_identity_path(traced) else "transition" if _last_sum(traced)[0] is not None else ""
+        for traced in _traces(block)
+    ]
+    return next(filter(None, kinds), "")
+
+
+def traced_outputs(block: nn.Module) -> int:
+    """Length of the tuple that a block gives back, by torch.fx; 0 for a tensor alone or if that cannot be told."""
+    try:
+        value = _traces(block)[0].graph.output_node().args[0]
+    except ValueError:
+        return 0  # most blocks that torch.fx cannot trace give a tensor; with example inputs there is no guess
+    return len(value) if isinstance(value, tuple) else 0
+
+
+class _Shallow(fx.Tracer):
+    """Looks into the block alone: what its sub-modules do inside is theirs, and often cannot be traced."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _traces(block: nn.Module) -> list[fx.GraphModule]:
+    """The block traced with its sub-modules as they are and, where it can be, down to torch's own layers."""
+    traces, problem = [], ""
+    for tracer in (_Shallow(), fx.Tracer()):
+        try:
+            traces.append(fx.GraphModule(block, tracer.trace(block)))
+        except Exception as error:
+            problem = problem or first_line(error)
+    if not traces:
+        raise ValueError(f"torch.fx cannot trace it ({problem:.80})")
+    return traces
+
+
+def _has_identity_path(traced: fx.GraphModule) -> bool:
+    """Whether the output is the input plus something learned, but for activations and changes of layout."""
+    x, seen, stack = _input(traced), set(), [(_output(traced), False)]
+    while stack:
+        node, added = stack.pop()
+        if node is x and added:
+            return True
+        if (node, added) in seen:
+            continue
+        seen.add((node, added))
+        sides = _operands(node)
+        for i, side in enumerate(sides):
+            other = sides[1 - i]
+            stack.append((side, added or (x in _behind(other) and _params_behind(other, traced) > 0)))
+        if _is_silent(node, traced):
+            stack.append((node.all_input_nodes[0], added))
+    return False
+
+
+def _last_sum(traced: fx.GraphModule) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The sum that ends the block, but for activations and changes of layout, and its operands, both made from x."""
+    node = _output(traced)
+    while _is_silent(node, traced):
+        node = node.all_input_nodes[0]
+    sides = _operands(node)
+    return (node, sides) if sides and all(_input(traced) in _behind(side) for side in sides) else (None, [])
+
+
+def _input(traced: fx.GraphModule) -> fx.Node:
+    return next(node for node in traced.graph.nodes if node.op == "placeholder")
+
+
+def _output(traced: fx.GraphModule) -> fx.Node:
+    return traced.graph.output_node().all_input_nodes[0]
+
+
+def _operation(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The two operands of a sum; none for anything else."""
+    if node.op not in ("call_function", "call_method") or _operation(node) not in _SUMS or "alpha" in node.kwargs:
+        return []
+    sides = [side for side in node.args if isinstance(side, fx.Node)]
+    return sides if len(sides) == 2 else []
+
+
+def _is_silent(node: fx.Node, traced: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        return all(isinstance(m, _SILENT_LAYERS) for m in (module if isinstance(module, nn.Sequential) else [module]))
+    return node.op in ("call_function", "call_method") and _operation(node) in _SILENT
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """The node and all that it is made from."""
+    seen, stack = {node}, [node]
+    while stack:
+        new = set(stack.pop().all_input_nodes) - seen
+        seen |= new
+        stack += new
+    return seen
+
+
+def _params_behind(node: fx.Node, traced: fx.GraphModule) -> int:
+    named = dict(traced.named_parameters(remove_duplicate=False))
+    used = [str(n.target) for n in _behind(node) if n.op in ("call_module", "get_attr")]
+    ids = {id(p): p.numel() for key, p in named.items() if any(key == u or key.startswith(u + ".") for u in used)}
+    return sum(ids.values())

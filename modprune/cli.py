@@ -36,13 +36,26 @@ def _one_of(choices: tuple[str, ...]) -> Any:
     return check
 
 
+def _spec(value: str) -> str:
+    if value not in MODEL_NAMES and ":" not in value:
+        raise typer.BadParameter(
+            f"{value!r} is unknown: give one of {', '.join(MODEL_NAMES)}, torchvision:NAME, timm:NAME, "
+            "transformers:NAME or path/to/file.py:function"
+        )
+    return value
+
+
 def _fraction(value: float | None) -> float | None:
     if value is not None and not 0 < value < 1:
         raise typer.BadParameter(f"{value} is no fraction between 0 and 1, such as 0.6 for 60 %")
     return value
 
 
-Model = Annotated[str, typer.Option(help=f"Network: {', '.join(MODEL_NAMES)}.", callback=_one_of(MODEL_NAMES))]
+_NETWORKS = (
+    f"{', '.join(MODEL_NAMES)}; or torchvision:NAME, timm:NAME, transformers:NAME, path/to/file.py:function "
+    "(a file of yours: it is run)."
+)
+Model = Annotated[str, typer.Option(help=f"Network: {_NETWORKS}", callback=_spec)]
 Weights = Annotated[Path, typer.Option(help="Its trained weights: a .th, .pt or .safetensors file.")]
 Data = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATA_NAMES)}.", callback=_one_of(DATA_NAMES))]
 DataDir = Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-py; digits need none.")]
@@ -58,22 +71,29 @@ Repeats = Annotated[int, typer.Option(min=1, help="How many times to measure, on
 
 
 @app.command()
-def blocks(model: Model, data: Data = "cifar10", json_: Json = None) -> None:
-    """List the residual blocks of a network: what can be removed, and what that would free."""
+def blocks(
+    model: Model, data: Data = "cifar10",
+    size: Annotated[int | None, typer.Option(min=1, help="Height and width of the images, if not those of --data.")]
+    = None, json_: Json = None,
+) -> None:  # fmt: skip
+    """List the blocks of a network that can be removed, what that would free, and why others have to stay."""
     import torch
 
     from modprune import count_macs, count_params, find_blocks
+    from modprune.specs import build_model
 
-    network, size = _network(model), 8 if data == "digits" else 32
+    network, size = build_model(model), size or (8 if data == "digits" else 32)
     example = torch.zeros(1, 3, size, size)
     found = find_blocks(network, example)
     macs, params = count_macs(network, example), count_params(network)
-    print(f"{'block':<12} {'kind':<11} {'parameters':>10} {'of all':>7} {'MACs':>10} {'of all':>7}")
+    width = max([12, *map(len, (*found.names, *found.refused))])
+    print(f"{'block':<{width}} {'kind':<11} {'parameters':>11} {'of all':>7} {'MACs':>12} {'of all':>7}")
     for b in found:
         share = b.params / params, b.macs / macs
-        print(f"{b.name:<12} {b.kind:<11} {b.params:>10,} {share[0]:>7.2%} {b.macs / 1e6:>8.3f} M {share[1]:>7.2%}")
+        macs_m = f"{b.macs / 1e6:,.3f} M"
+        print(f"{b.name:<{width}} {b.kind:<11} {b.params:>11,} {share[0]:>7.2%} {macs_m:>12} {share[1]:>7.2%}")
     for name, reason in found.refused.items():
-        print(f"{name:<12} stays: {reason}")
+        print(f"{name:<{width}} stays: {reason}")
     print(f"{len(found)} blocks; the network has {params:,} parameters and {macs / 1e6:.3f} M MACs")
     _write(json_, {"blocks": [asdict(b) for b in found], "refused": found.refused, "params": params, "macs": macs})
 
@@ -167,14 +187,17 @@ def prune(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Option(help="A model that modprune saved (.safetensors).")],
-    data: Data = "cifar10", data_dir: DataDir = Path("data"), device: Device = "auto", json_: Json = None,
+    data: Data = "cifar10", data_dir: DataDir = Path("data"),
+    network: Annotated[str | None, typer.Option(help="The unpruned network, as --model of prune; not for built-in ones.")]
+    = None, device: Device = "auto", json_: Json = None,
 ) -> None:  # fmt: skip
     """Top-1, Top-5 and loss of a saved model on the test images."""
     import modprune
     from modprune.data import ImageLoader
+    from modprune.specs import build_model
 
-    network = modprune.load(model).to(_device(device))
-    result = modprune.evaluate(network, ImageLoader(_data(data, data_dir, train=False), 100, device=_device(device)))
+    pruned = modprune.load(model, build_model(network) if network else None).to(_device(device))
+    result = modprune.evaluate(pruned, ImageLoader(_data(data, data_dir, train=False), 100, device=_device(device)))
     print(f"Top-1 {result.top1:.2f} %  Top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.samples} images")
     _write(json_, asdict(result))
 
@@ -193,16 +216,11 @@ def _need_budget(flops: float | None, params: float | None, count: int | None) -
         raise typer.BadParameter("say how much to remove: --flops, --params or --blocks")
 
 
-def _network(name: str) -> nn.Module:
-    from modprune.models import MODELS
-
-    return MODELS[name]()
-
-
 def _loaded(name: str, weights: Path, device: str) -> nn.Module:
     from modprune import load_weights
+    from modprune.specs import build_model
 
-    return load_weights(_network(name), weights).to(_device(device))
+    return load_weights(build_model(name), weights).to(_device(device))
 
 
 def _data(name: str, folder: Path, train: bool) -> ImageData:

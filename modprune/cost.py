@@ -48,13 +48,24 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """
     inputs = to_device(example_inputs, device_of(model))
     counter = FlopCounterMode(display=False)
-    with evaluating(model), _plain_attention(), torch.no_grad(), counter:
+    with evaluating(model), _frozen(model), _plain_attention(), torch.no_grad(), counter:
         call(model, inputs)
     samples, root = batch_size(inputs), type(model).__name__
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     names = {name: f"{root}.{name}" if name else root for name, _ in model.named_modules()}
     macs = {name: flops.get(full, 0) // (2 * samples) for name, full in names.items()}
     return macs | {"": counter.get_total_flops() // (2 * samples)}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """No parameter asks for gradients: FlopCounterMode fails where one is handed from module to module."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield model.requires_grad_(False)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def macs_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, int]:

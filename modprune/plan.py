@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
-KINDS = ("identity", "transition")
+KINDS = ("identity", "transition", "plain")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class PruningPlan:
 
     Attributes:
         remove: names of blocks, in forward order.
-        kinds: the kind of each, "identity" or "transition"; empty in a plan written by hand, then found out.
+        kinds: the kind of each, "identity", "transition" or "plain"; empty in a plan written by hand, then found out.
+        outputs: length of the tuple that each gave back, 0 for a tensor alone; empty as `kinds`.
         criterion: what scored the blocks.
         scores: the score of every candidate: what is lost if it goes.
         freed: fractions of the MACs (`flops`) and parameters (`params`) that go.
@@ -35,6 +36,7 @@ class PruningPlan:
 
     remove: tuple[str, ...]
     kinds: tuple[str, ...] = ()
+    outputs: tuple[int, ...] = ()
     criterion: str = ""
     scores: Mapping[str, float] = field(default_factory=dict, hash=False)
     freed: Mapping[str, float] = field(default_factory=dict, hash=False)
@@ -49,6 +51,7 @@ class PruningPlan:
             raise ValueError("a plan's 'remove' names every block once, and not the whole model")
         if self.kinds and (len(self.kinds) != len(self.remove) or not set(self.kinds) <= set(KINDS)):
             raise ValueError(f"a plan's 'kinds' gives one of {', '.join(KINDS)} for each block to remove, or nothing")
+        self._check_outputs()
         if not isinstance(self.criterion, str):
             raise ValueError("a plan's 'criterion' is a string")
         for name in ("scores", "freed"):
@@ -58,6 +61,14 @@ class PruningPlan:
             ):
                 raise ValueError(f"a plan's '{name}' maps names to finite numbers")
             object.__setattr__(self, name, dict(value))  # a copy: what the caller does to theirs is not ours
+
+    def _check_outputs(self) -> None:
+        value = self.outputs
+        if not isinstance(value, (tuple, list)) or not all(type(n) is int and 0 <= n <= 100 for n in value):
+            raise ValueError(f"a plan's 'outputs' is a tuple of lengths of tuples, not {value!r:.60}")
+        if value and len(value) != len(self.remove):
+            raise ValueError("a plan's 'outputs' gives a length for each block to remove, or nothing")
+        object.__setattr__(self, "outputs", tuple(value))
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text; written to `path` as well if given, in one step."""
@@ -92,7 +103,7 @@ class PruningPlan:
         """Remove the blocks from `model` in place and return it; see `modprune.surgery.remove_blocks`."""
         from modprune.surgery import remove_blocks  # the one step back along the way of the data
 
-        return remove_blocks(model, self.remove, kinds=self.kinds, example_inputs=example_inputs)
+        return remove_blocks(model, self.remove, kinds=self.kinds, outputs=self.outputs, example_inputs=example_inputs)
 
 
 def _is_number(value: Any) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from modprune.blocks import Blocks, find_blocks
+from modprune.blocks import Block, Blocks, find_blocks
 from modprune.budget import Budget, Candidate, choose
 from modprune.cost import count_macs, count_params
 from modprune.criteria import BlockScores, Criterion, resolve
@@ -78,7 +79,7 @@ class ModularityPruner:
 
     def _make_plan(self) -> PruningPlan:
         totals = count_macs(self.model, self.example_inputs), count_params(self.model)
-        kinds = {block.name: block.kind for block in find_blocks(self.model, self.example_inputs)}
+        whole = {block.name: block for block in find_blocks(self.model, self.example_inputs)}
         gone: list[Candidate] = []
         model = self.model if self.iterative_steps == 1 else copy.deepcopy(self.model)
         for stage in range(1, self.iterative_steps + 1):
@@ -94,16 +95,20 @@ class ModularityPruner:
             names = choose(candidates, left, *totals)
             gone += [candidate for candidate in candidates if candidate.name in names]
             if stage < self.iterative_steps:
-                PruningPlan(names, tuple(kinds[name] for name in names)).apply(model, self.example_inputs)
-        remove = tuple(name for name in kinds if name in {candidate.name for candidate in gone})
+                _plan_for(whole, names).apply(model, self.example_inputs)
+        chosen = {candidate.name for candidate in gone}
         assert self.scores is not None
-        return PruningPlan(
-            remove=remove,
-            kinds=tuple(kinds[name] for name in remove),
+        return replace(
+            _plan_for(whole, [name for name in whole if name in chosen]),
             criterion=getattr(self.criterion, "__name__", type(self.criterion).__name__),
             scores=self.scores.mean,
             freed={"flops": sum(c.macs for c in gone) / totals[0], "params": sum(c.params for c in gone) / totals[1]},
         )
+
+
+def _plan_for(blocks: Mapping[str, Block], names: Sequence[str]) -> PruningPlan:
+    gone = [blocks[name] for name in names]
+    return PruningPlan(tuple(names), tuple(b.kind for b in gone), tuple(b.outputs for b in gone))
 
 
 def _same_everywhere(plan: PruningPlan) -> PruningPlan:

@@ -34,13 +34,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     """
     model = _bare(model)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-    removed = removed_blocks(model)
-    header = {
-        "format": FORMAT,
-        "plan": json.loads(PruningPlan(tuple(removed), tuple(removed.values())).to_json()),
-        "cifar_resnet": _shape_of(model),
-        "sha256": _checksum(tensors),
-    }
+    structure = {"plan": json.loads(removed_blocks(model).to_json()), "cifar_resnet": _shape_of(model)}
+    header = {"format": FORMAT, **structure, "sha256": _checksum(structure, tensors)}
     write_bytes(path, safetensors.torch.save(tensors, metadata={"modprune": json.dumps(header)}))
 
 
@@ -60,8 +55,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if "modprune" not in metadata:
         raise ValueError(f"{path}: not a file of modprune.save; for plain weights use modprune.load_weights")
     header = _header(path, metadata["modprune"])
-    if header["sha256"] != _checksum(tensors):
-        raise ValueError(f"{path}: the weights do not match their checksum: the file was altered; get it anew")
+    if header.pop("sha256") != _checksum(header, tensors):
+        raise ValueError(f"{path}: its contents do not match their checksum: the file was altered; get it anew")
     plan = _plan(path, header["plan"])
     if model is None:
         model = _build(path, header["cifar_resnet"])
@@ -73,7 +68,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         except ValueError as error:
             raise ValueError(f"{path}: a file of another network: {error}") from error
         _check_fit(path, candidate, tensors)
-        candidate.load_state_dict(tensors)
+        _fill(candidate, tensors)
     return model
 
 
@@ -100,8 +95,14 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked") and k not in tensors}
     tensors |= counters  # older checkpoints have none
     _check_fit(path, model, tensors)
-    model.load_state_dict(tensors)
+    _fill(model, tensors)
     return model
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    state = model.state_dict()  # with the versions of the modules' formats, which some insist on
+    state.update(tensors)
+    model.load_state_dict(state)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -185,8 +186,8 @@ def _check_fit(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]
     raise ValueError(f"{path}: weights of another network or number of classes: {detail} ({count} names differ)")
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())

@@ -7,7 +7,6 @@ is done here: a pass-through under the block's name keeps every other name, and 
 from __future__ import annotations
 
 import difflib
-import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,157 +14,178 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from modprune._depgraph import dependency_graph
-from modprune._inputs import call, device_of, evaluating, first_tensor, to_device
-from modprune.blocks import find_blocks
-from modprune.bypass import PassThrough
+from modprune._depgraph import dependency_graph, first_line
+from modprune._inputs import call, device_of, evaluating, to_device
+from modprune.blocks import Block, activation_after, check_bare, find_blocks, norm_after
+from modprune.bypass import MARK, Copy, PassThrough, shortcut_only, traced_kind, traced_outputs
 from modprune.cost import count_params
-
-_MARK = "modprune"
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+from modprune.plan import PruningPlan
 
 
 def remove_blocks(
-    model: nn.Module, names: Sequence[str], *, kinds: Sequence[str] = (), example_inputs: Any = None
+    model: nn.Module,
+    names: Sequence[str],
+    *,
+    kinds: Sequence[str] = (),
+    outputs: Sequence[int] = (),
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Remove blocks in place: identity blocks become pass-throughs, of transition blocks the shortcut stays.
+
+    Of a plain unit, convolution, norm and activation become pass-throughs; an activation that is no module stays.
 
     Args:
         model: a bare module: not wrapped in DistributedDataParallel, not the result of `torch.compile`.
         names: of the blocks.
-        kinds: "identity" or "transition" for each; found out if empty, from `example_inputs` where given, else by
-            tracing each block alone.
-        example_inputs: if given, one forward pass is run before and after, output shapes and parameter counts are
-            compared, and a fresh dependency graph is built.
+        kinds: "identity", "transition" or "plain" for each; without `example_inputs` they are found out by tracing
+            each block alone if empty.
+        outputs: length of the tuple that each gives back, 0 for a tensor alone; found out in the same way if empty.
+        example_inputs: if given, `find_blocks` has the word on what can go and how, and the surgery is proven: outputs
+            have the shapes they had and the parameters fell by what the blocks hold. A dependency graph is built; where
+            torch-pruning cannot build one, a warning says so.
 
     Raises:
         ValueError: for unknown or unsuitable names, and wrapped models; the model is as it was.
         RuntimeError: if the pruned model fails the proof; the model is as it was.
     """
     _check(model, names)
-    if not kinds:
-        kinds = _find_kinds(model, names, example_inputs)
-    before = _output_shape(model, example_inputs)
-    originals = {name: model.get_submodule(name) for name in names}
-    count = count_params(model)
-    try:
-        for name, kind in zip(names, kinds, strict=True):
-            model.set_submodule(name, _replacement(originals[name], kind, name))
-        if count_params(model) >= count and names:
-            raise RuntimeError("the parameters did not fall")
-        after = _output_shape(model, example_inputs)
-        if before != after:
-            raise RuntimeError(f"the output had shape {before}, now {after}")
-    except Exception as error:
-        for name, block in originals.items():
-            model.set_submodule(name, block)
-        if isinstance(error, ValueError):
-            raise
-        raise RuntimeError(f"removing {', '.join(names)} failed: {error}; the model is as it was") from error
-    if example_inputs is not None:
-        _rebuild_graph(model, example_inputs)
+    for what, values in (("kinds", kinds), ("outputs", outputs)):
+        if values and len(values) != len(names):
+            raise ValueError(f"{len(values)} {what} for {len(names)} blocks: give one each, or none")
+    if example_inputs is None:
+        kinds = kinds or [_kind_by_trace(model, name) for name in names]
+        forms = outputs or [traced_outputs(model.get_submodule(name)) for name in names]
+        _swap(model, [_stand_ins(model, *block) for block in zip(names, kinds, forms, strict=True)])
+        return model
+    blocks = _choose(model, names, kinds, example_inputs)
+    before = _output_shapes(model, example_inputs)
+    stand_ins = [_stand_ins(model, block.name, block.kind, block.outputs) for block in blocks]
+    most = count_params(model) - sum(block.params for block in blocks)  # fewer if they share some among themselves
+    originals = _swap(model, stand_ins)
+    problem = _problem(model, example_inputs, before, most)
+    if problem:
+        _swap(model, [originals])
+        culprit = _culprit(model, stand_ins, example_inputs, before) or f"{names[0]} and the others together"
+        raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was")
+    _rebuild_graph(model, example_inputs)
     return model
 
 
-def removed_blocks(model: nn.Module) -> dict[str, str]:
-    """Names and kinds of the blocks that surgery has taken out of this model, read off the model itself."""
+def removed_blocks(model: nn.Module) -> PruningPlan:
+    """The plan that surgery has carried out on this model, read off the model itself."""
     removed = {}
     for name, module in model.named_modules():
         if isinstance(module, PassThrough):
-            removed[name] = "identity"
-        elif isinstance(module, fx.GraphModule) and module.meta.get(_MARK) == "transition":
-            removed[name] = "transition"
-    return removed
+            removed[name] = module.kind, module.outputs
+        elif isinstance(module, fx.GraphModule) and module.meta.get(MARK) == "transition":
+            removed[name] = "transition", 0
+    kinds, outputs = zip(*removed.values(), strict=True) if removed else ((), ())
+    return PruningPlan(tuple(removed), kinds, outputs)
 
 
 def _check(model: nn.Module, names: Sequence[str]) -> None:
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ValueError(f"the model is wrapped in {type(model).__name__}: pass model.module, then wrap it anew")
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("the model is compiled: pass the module that torch.compile was given, then compile it anew")
+    check_bare(model)
+    if isinstance(names, str):
+        raise ValueError(f"names={names!r}: a list of names is needed, as [{names!r}]")
     known = dict(model.named_modules())
-    gone = removed_blocks(model)
+    gone = removed_blocks(model).remove
     for name in names:
         if name in gone:
             raise ValueError(f"{name}: already removed from this model")
         if name not in known or not name:
-            near = ", ".join(difflib.get_close_matches(name, known, 3)) or "see model.named_modules()"
+            near = ", ".join(difflib.get_close_matches(str(name), known, 3)) or "see model.named_modules()"
             raise ValueError(f"{name!r}: {type(model).__name__} has no such block; near: {near}")
+    nested = [(inner, outer) for inner in names for outer in names if inner.startswith(outer + ".")]
+    if nested or len(set(names)) < len(names):
+        twice = nested[0][0] if nested else next(name for name in names if list(names).count(name) > 1)
+        raise ValueError(f"{twice}: named more than once, or inside another block that goes")
 
 
-def _find_kinds(model: nn.Module, names: Sequence[str], example_inputs: Any) -> list[str]:
-    if example_inputs is None:
-        return [_kind_by_trace(model.get_submodule(name), name) for name in names]
+def _choose(model: nn.Module, names: Sequence[str], kinds: Sequence[str], example_inputs: Any) -> list[Block]:
     blocks = find_blocks(model, example_inputs)
-    found = {block.name: block.kind for block in blocks}
-    for name in names:
+    found = {block.name: block for block in blocks}
+    for name, kind in zip(names, kinds or [""] * len(names), strict=True):
         if name not in found:
             reason = blocks.refused.get(name, "its output is not shortcut(x) + branch(x)")
-            raise ValueError(f"{name}: cannot be removed: {reason}")
+            raise ValueError(f"{name}: cannot be removed: {reason}; find_blocks lists what can")
+        if kind and kind != found[name].kind:
+            raise ValueError(f"{name}: the plan says {kind}, but here it is of kind {found[name].kind}")
     return [found[name] for name in names]
 
 
-def _kind_by_trace(block: nn.Module, name: str) -> str:
-    graph = _trace(block, name).graph
-    x = next(iter(graph.find_nodes(op="placeholder")))
-    return "identity" if x in _last_add(graph, name).args else "transition"
+def _swap(model: nn.Module, stand_ins: Sequence[dict[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Put modules in others' places; gives back those that stood there."""
+    new = {name: module for parts in stand_ins for name, module in parts.items()}
+    originals = {name: model.get_submodule(name) for name in new}
+    for name, module in new.items():
+        model.set_submodule(name, module)
+    return originals
 
 
-def _replacement(block: nn.Module, kind: str, name: str) -> nn.Module:
-    new = PassThrough() if kind == "identity" else _shortcut_only(block, name)
-    return new.train(block.training)
-
-
-def _shortcut_only(block: nn.Module, name: str) -> nn.Module:
-    """The block with the sum replaced by its cheaper operand and all that no longer counts erased."""
-    traced = _trace(block, name)
-    add = _last_add(traced.graph, name)
-    sides = [side for side in add.args if isinstance(side, fx.Node)]
-    cheaper = min(sides, key=lambda side: _params_behind(side, traced))
-    add.replace_all_uses_with(cheaper)
-    traced.graph.eliminate_dead_code()
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    traced.meta[_MARK] = "transition"
-    return traced
-
-
-def _trace(block: nn.Module, name: str) -> fx.GraphModule:
+def _problem(model: nn.Module, example_inputs: Any, before: list[tuple[int, ...]], most: int) -> str:
+    """What is wrong with a pruned model; empty if nothing is."""
     try:
-        return fx.symbolic_trace(block)
+        after = _output_shapes(model, example_inputs)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{name}: torch.fx cannot trace it ({reason[0]:.80}); give example_inputs") from error
+        return first_line(error)
+    if before != after:
+        return f"the output had shape {before}, now {after}"
+    count = count_params(model)
+    return "" if count <= most else f"{count:,} parameters are left where {most:,} at most were expected"
 
 
-def _last_add(graph: fx.Graph, name: str) -> fx.Node:
-    adds = [node for node in graph.nodes if node.op in ("call_function", "call_method") and node.target in _ADDS]
-    if not adds:
-        raise ValueError(f"{name}: cannot be removed: its output is not shortcut(x) + branch(x)")
-    return adds[-1]
+def _culprit(
+    model: nn.Module, stand_ins: Sequence[dict[str, nn.Module]], example_inputs: Any, before: list[tuple[int, ...]]
+) -> str:
+    """The name of the first block that cannot go even alone; empty if each can."""
+    for parts in stand_ins:
+        originals = _swap(model, [parts])
+        broken = _problem(model, example_inputs, before, count_params(model))
+        _swap(model, [originals])
+        if broken:
+            return next(iter(parts))
+    return ""
 
 
-def _params_behind(node: fx.Node, traced: fx.GraphModule) -> int:
-    seen, stack = {node}, [node]
-    while stack:
-        for before in stack.pop().all_input_nodes:
-            if before not in seen:
-                seen.add(before)
-                stack.append(before)
-    modules = {str(n.target) for n in seen if n.op == "call_module"}
-    return sum(count_params(traced.get_submodule(target)) for target in modules)
-
-
-def _output_shape(model: nn.Module, example_inputs: Any) -> tuple[int, ...] | None:
-    if example_inputs is None:
-        return None
+def _output_shapes(model: nn.Module, example_inputs: Any) -> list[tuple[int, ...]]:
     with torch.no_grad(), evaluating(model):
-        output = first_tensor(call(model, to_device(example_inputs, device_of(model))))
-    return None if output is None else tuple(output.shape)
+        output = call(model, to_device(example_inputs, device_of(model)))
+    return [tuple(leaf.shape) for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def _rebuild_graph(model: nn.Module, example_inputs: Any) -> None:
+    """Warn where torch-pruning cannot follow the pruned model: depth pruning stands all the same."""
     try:
         dependency_graph(model, example_inputs)
     except RuntimeError as error:
         warnings.warn(f"width pruning of the pruned model is not to be trusted: {error}", RuntimeWarning, stacklevel=3)
+
+
+def _stand_ins(model: nn.Module, name: str, kind: str, outputs: int) -> dict[str, nn.Module]:
+    """What takes the place of a block and, of a plain unit, of the norm and activation after it; by name."""
+    block = model.get_submodule(name)
+    if kind == "identity":
+        return {name: PassThrough(outputs).train(block.training)}
+    if kind == "transition":
+        try:
+            return {name: shortcut_only(block)}
+        except ValueError as error:
+            raise ValueError(f"{name}: cannot be removed: {error}") from None
+    norm = norm_after(model, name)
+    if kind != "plain" or norm is None:
+        raise ValueError(f"{name}: cannot be removed as a block of kind {kind!r}; find_blocks lists what can")
+    activation = activation_after(model, norm)
+    new = {name: PassThrough(kind="plain"), norm: nn.Identity() if activation else Copy()}
+    if activation:
+        new[activation] = nn.Identity()
+    return {part: module.train(model.get_submodule(part).training) for part, module in new.items()}
+
+
+def _kind_by_trace(model: nn.Module, name: str) -> str:
+    try:
+        kind = "plain" if norm_after(model, name) else traced_kind(model.get_submodule(name))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; give example_inputs, or kinds") from None
+    if not kind:
+        raise ValueError(f"{name}: cannot be removed: its output is not shortcut(x) + branch(x)")
+    return kind

@@ -12,7 +12,7 @@ PACKAGE = Path(modprune.__file__).parent
 ORDER = [
     "_files", "_inputs", "_depgraph", "models", "data", "bypass", "cost", "graph", "blocks", "features", "evaluate",
     "picture", "curve", "criteria", "budget", "plan", "surgery", "checkpoints", "finetune", "store", "report", "pruner",
-    "job", "cli",
+    "job", "specs", "cli",
 ]  # fmt: skip
 
 

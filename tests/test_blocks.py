@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 
 import pytest
@@ -14,23 +15,46 @@ from modprune.blocks import find_blocks
 from modprune.cost import count_params
 from modprune.models import resnet20, resnet56
 
-# (identity, transition): He et al. 2016, table 1; Sandler et al. 2018, table 2 (repeats with stride 1 and equal width);
-# Liu et al. 2022 (3 + 3 + 9 + 3); Dosovitskiy et al. 2021 (12 layers); Huang et al. 2017 has none.
+# (identity, transition, plain), counted by hand. He et al. 2016, table 1; Radosavovic et al. 2020 (every stage begins
+# with a transition); Sandler et al. 2018, table 2, Howard et al. 2019, table 2, Tan and Le 2019, table 1 (repeats with
+# stride 1 and equal width); Liu et al. 2022 and 2021 (3 + 3 + 9 + 3, 2 + 2 + 6 + 2); Dosovitskiy et al. 2021 (12
+# layers); Simonyan and Zisserman 2015, table 1 (3x3 convolutions of equal width); Huang et al. 2017 has none.
 EXPECTED = {
-    "resnet18": (5, 3),
-    "resnet50": (12, 4),
-    "mobilenet_v2": (10, 0),
-    "convnext_tiny": (18, 0),
-    "densenet121": (0, 0),
-    "alexnet": (0, 0),
+    "resnet18": (5, 3, 0),
+    "resnet50": (12, 4, 0),
+    "resnext50_32x4d": (12, 4, 0),
+    "regnet_x_400mf": (18, 4, 0),
+    "mobilenet_v2": (10, 0, 0),
+    "mobilenet_v3_small": (6, 0, 0),
+    "efficientnet_b0": (9, 0, 0),
+    "convnext_tiny": (18, 0, 0),
+    "swin_v2_t": (12, 0, 0),
+    "vgg11_bn": (0, 0, 4),
+    "densenet121": (0, 0, 0),
+    "googlenet": (0, 0, 0),
+    "alexnet": (0, 0, 0),
 }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_counts_of_torchvision_networks(name):
-    blocks = find_blocks(getattr(torchvision.models, name)(), torch.randn(1, 3, 64, 64))
+    settings = {"init_weights": False} if name in ("googlenet", "vgg11_bn") else {}
+    blocks = find_blocks(getattr(torchvision.models, name)(**settings), torch.randn(1, 3, 64, 64))
     kinds = Counter(block.kind for block in blocks)
-    assert (kinds["identity"], kinds["transition"]) == EXPECTED[name]
+    assert (kinds["identity"], kinds["transition"], kinds["plain"]) == EXPECTED[name]
+    assert all(block.exact for block in blocks if block.kind == "identity")
+    assert not blocks.refused
+
+
+def test_every_layer_of_a_transformer_is_one_block():
+    model = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32
+    )
+    blocks = find_blocks(model, torch.randn(2, 3, 32, 32))
+    assert blocks.names == tuple(f"encoder.layers.encoder_layer_{i}" for i in range(3))
+    # Hand count: two norms, attention (query, key, value and output), two linear layers; 17 tokens.
+    assert {block.params for block in blocks} == {2 * 32 + 4 * (16 * 16 + 16) + (16 * 32 + 32) + (32 * 16 + 16)}
+    assert {block.macs for block in blocks} == {17 * (4 * 16 * 16 + 2 * 16 * 32) + 2 * 17 * 17 * 16}
 
 
 def test_resnet56():
@@ -40,6 +64,16 @@ def test_resnet56():
     assert [blocks[i].params for i in (0, 10, 20)] == [4672, 18560, 73984]
     assert all(b.macs == 2 * 16 * 16 * 9 * 32 * 32 and b.exact for b in blocks if b.kind == "identity")
     assert blocks[0].layers == tuple(f"layer1.0.{layer}" for layer in ("conv1", "bn1", "conv2", "bn2"))
+
+
+def test_costs_are_per_sample_and_finding_takes_at_most_three_passes():
+    model, calls = resnet20(), []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda m, args, out: calls.append(m))
+    blocks = find_blocks(model, torch.zeros(3, 3, 32, 32))
+    assert max(Counter(calls).values()) <= 3
+    assert blocks == find_blocks(model, torch.zeros(1, 3, 32, 32))
 
 
 class Residual(nn.Module):
@@ -67,7 +101,44 @@ class Fed(Twice):
         return self.head(self.block(self.stem(x), torch.tanh(self.head.weight[:1] * x)))
 
 
-@pytest.mark.parametrize(("model", "reason"), [(Twice(), "called 2 times"), (Fed(), "another layer feeds")])
+class Leaking(Residual):
+    def forward(self, x):
+        self.inner = self.body[0](x)
+        return x + self.body[1](self.inner)
+
+
+class Leak(Twice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Leaking(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.head(self.block(self.stem(x)) * self.block.inner)
+
+
+class Named(Residual):
+    def forward(self, x):
+        return {"out": super().forward(x)}
+
+
+class Naming(Twice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Named(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.head(self.block(self.stem(x))["out"])
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Twice(), "called 2 times"),
+        (Fed(), "another layer feeds"),
+        (Leak(), "used outside"),
+        (Naming(), "gives back a dict"),
+    ],
+)
 def test_refusals_say_why(model, reason):
     blocks = find_blocks(model, torch.randn(3, 4))
     assert not blocks
@@ -79,19 +150,101 @@ def test_a_body_without_shortcut_is_no_block():
     assert find_blocks(model, torch.randn(2, 4)) == ()
 
 
-def test_the_model_is_left_as_found():
+class Sum(Residual):
+    """Ends in what `join(x, f(x))` gives."""
+
+    def __init__(self, join) -> None:
+        super().__init__(nn.Linear(4, 4))
+        self.join, self.offset = join, nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.join(x, self.body(x), self.offset)
+
+
+@pytest.mark.parametrize(
+    ("join", "kinds"),
+    [
+        (lambda x, f, _: f + x, ["identity"]),
+        (lambda x, f, _: x - f, ["identity"]),
+        (lambda x, f, g: torch.addcmul(x, g, f), ["identity"]),
+        (lambda x, f, _: (x.unsqueeze(0) + f).squeeze(0), ["identity"]),
+        (lambda x, f, _: torch.add(f, x, alpha=2), []),
+        (lambda x, f, _: f - x, []),
+        (lambda x, f, _: f * x, []),
+        (lambda x, f, g: x + g, []),  # a position embedding is no branch
+        (lambda x, f, g: f + g, []),
+    ],
+)
+def test_what_counts_as_a_shortcut(join, kinds):
+    model = nn.Sequential(nn.Linear(4, 4), Sum(join), nn.Linear(4, 2))
+    blocks = find_blocks(model, torch.randn(3, 4))
+    assert [block.kind for block in blocks] == kinds
+    assert not blocks.refused
+
+
+def test_a_block_right_at_the_input_and_arguments_by_name():
+    class Model(Twice):
+        def forward(self, a, b):
+            return self.block(x=a), b
+
+    model = Model()
+    with torch.inference_mode():
+        assert find_blocks(model, {"a": torch.randn(2, 4), "b": torch.arange(2)}).names == ("block",)
+
+
+def test_parameters_shared_with_other_layers_do_not_go():
+    model = nn.Sequential(nn.Linear(4, 4), Residual(nn.Linear(4, 4)), nn.Linear(4, 4))
+    model[2].weight = model[1].body[0].weight
+    assert [block.params for block in find_blocks(model, torch.randn(2, 4))] == [4]
+
+
+def test_blocks_that_return_tuples_say_how_long():
+    class Pair(Residual):
+        def forward(self, x):
+            return super().forward(x), None
+
+    class Model(Twice):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Pair(nn.Linear(4, 4))
+
+        def forward(self, x):
+            return self.head(self.block(self.stem(x))[0])
+
+    assert [block.outputs for block in find_blocks(Model(), torch.randn(2, 4))] == [2]
+
+
+def test_plain_units_are_norm_and_convolution_by_the_name_of_the_convolution():
+    block = find_blocks(torchvision.models.vgg11_bn(init_weights=False), torch.zeros(1, 3, 32, 32))[0]
+    assert (block.name, block.kind, block.layers) == ("features.11", "plain", ("features.11", "features.12"))
+    assert block.params == 256 * 256 * 9 + 256 + 2 * 256
+    assert block.macs == 256 * 256 * 9 * 8 * 8
+
+
+@pytest.mark.parametrize("inputs", [(1, 3, 32, 32), (1, 1, 32, 32)], ids=["runs", "fails"])
+def test_the_model_is_left_as_found(inputs):
     model = resnet20().train()
     model.layer1.eval()
     model.conv1.weight.requires_grad_(False)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     random = torch.get_rng_state()
-    find_blocks(model, torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    with contextlib.suppress(RuntimeError):
+        find_blocks(model, torch.randn(inputs, generator=torch.Generator().manual_seed(0)))
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()].count(False) == 1
+    assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "mend"), [(nn.DataParallel, r"pass model\.module"), (torch.compile, "pass the module as it was before")]
+)
+def test_wrapped_models_are_refused(wrap, mend):
+    with pytest.raises(ValueError, match=mend):
+        find_blocks(wrap(resnet20()), torch.zeros(1, 3, 32, 32))
 
 
 def test_inputs_that_do_not_fit_are_one_line():

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
+from modprune import surgery
 from modprune._depgraph import dependency_graph
 from modprune.blocks import find_blocks
 from modprune.cost import count_macs, count_params
 from modprune.models import resnet20
+from modprune.plan import PruningPlan
 from modprune.surgery import remove_blocks, removed_blocks
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -31,6 +35,19 @@ def test_removing_an_identity_block_whose_branch_is_zero_changes_nothing():
         assert torch.equal(remove_blocks(model, ["layer2.1"])(X), before)
 
 
+@pytest.mark.parametrize("size", range(8))
+def test_any_identity_blocks_may_go(size):
+    model = network()
+    names = [b.name for b in find_blocks(model, X) if b.kind == "identity"]
+    assert len(names) == 7
+    for subset in itertools.combinations(names, size):
+        pruned = remove_blocks(copy.deepcopy(model), subset, kinds=["identity"] * size)
+        output = pruned(X[:, :, :8, :8])
+        assert output.shape == (2, 10)
+        output.square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in pruned.parameters())
+
+
 @pytest.mark.parametrize("names", [("layer1.0",), ("layer1.1", "layer2.0", "layer3.2"), ("layer2.0", "layer3.0")])
 @pytest.mark.parametrize("example", [None, X])
 def test_what_goes_is_the_sum_of_the_blocks_and_the_rest_keeps_its_names(names, example):
@@ -41,7 +58,8 @@ def test_what_goes_is_the_sum_of_the_blocks_and_the_rest_keeps_its_names(names, 
     assert params - count_params(model) == sum(blocks[name].params for name in names)
     assert macs - count_macs(model, X) == sum(blocks[name].macs for name in names)
     assert set(model.state_dict()) == {key for key in keys if not key.startswith(tuple(n + "." for n in names))}
-    assert removed_blocks(copy.deepcopy(model)) == {name: blocks[name].kind for name in names}
+    plan = removed_blocks(copy.deepcopy(model))
+    assert dict(zip(plan.remove, plan.kinds, strict=True)) == {name: blocks[name].kind for name in names}
     loss = model.train()(X).square().sum()
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -61,14 +79,23 @@ def test_projection_shortcuts_stay():
 def test_unsuitable_names_and_wrappers_leave_the_model_whole():
     model = network()
     before = model(X)
-    for names, message in (
-        (["layer9.1"], "no such block; near: layer"),
-        (["conv1"], "cannot be removed"),
-        (["layer1.0", "linear"], "cannot be removed"),
-        ([""], "no such block"),
+    for names, kinds, message in (
+        (["layer9.1"], [], "no such block; near: layer"),
+        (["conv1"], [], "cannot be removed"),
+        (["layer1.0", "linear"], [], "cannot be removed"),
+        ([""], [], "no such block"),
+        ("layer1.0", [], r"a list of names is needed, as \['layer1.0'\]"),
+        (["layer1.0", "layer1.0"], [], "layer1.0: named more than once"),
+        (["layer1", "layer1.0"], [], "layer1.0: named more than once, or inside another"),
+        (["layer1.0"], ["identity", "identity"], "2 kinds for 1 blocks"),
+        (["layer1.0"], ["square"], "of kind 'square'"),
+        (["conv1"], ["plain"], "of kind 'plain'"),
     ):
-        with pytest.raises(ValueError, match=message):
-            remove_blocks(model, names)
+        for example in [None] if kinds else [None, X]:
+            with pytest.raises(ValueError, match=message):
+                remove_blocks(model, names, kinds=kinds, example_inputs=example)
+    with pytest.raises(ValueError, match="the plan says identity, but here it is of kind transition"):
+        remove_blocks(model, ["layer1.0", "layer2.0"], kinds=["identity"] * 2, example_inputs=X)
     with pytest.raises(ValueError, match=r"pass model.module"):
         remove_blocks(nn.DataParallel(model), ["layer1.0"])
     assert torch.equal(model(X), before)
@@ -77,20 +104,118 @@ def test_unsuitable_names_and_wrappers_leave_the_model_whole():
         remove_blocks(model, ["layer1.0"])
 
 
-def test_a_failed_proof_puts_the_blocks_back():
-    model = network()
-    before = model(X)
-    with pytest.raises(RuntimeError, match=r"layer2\.0 failed.*the model is as it was"):
-        remove_blocks(model, ["layer2.0"], kinds=["identity"], example_inputs=X)
+class Peeking(nn.Module):
+    """Looks inside its blocks, or counts them, in the forward."""
+
+    def __init__(self, peek) -> None:
+        super().__init__()
+        self.net, self.peek = resnet20(), peek
+
+    def forward(self, x):
+        return self.peek(self.net, self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("peek", "problem"),
+    [
+        (lambda net, y: y * net.layer2[1].conv1.in_channels, "removing net.layer2.1 failed: .*no attribute 'conv1'"),
+        (lambda net, y: y[:, : 2 + len(list(net.layer2[1].children()))], r"removing net.layer2.1 failed: .*had shape"),
+    ],
+)
+def test_a_failed_proof_puts_the_blocks_back_and_names_the_one_at_fault(peek, problem):
+    model = Peeking(peek).eval()
+    before, modules = model(X), list(model.modules())
+    with pytest.raises(RuntimeError, match=problem + ".*; the model is as it was"):
+        remove_blocks(model, ["net.layer1.0", "net.layer2.1", "net.layer3.1"], example_inputs=X)
+    assert list(model.modules()) == modules
     assert torch.equal(model(X), before)
 
 
-def test_the_dependency_graph_leaves_the_model_as_found_and_says_what_failed():
-    model = network().train()
-    model.conv1.weight.requires_grad_(False)
-    with torch.no_grad():
-        dependency_graph(model, X)
-    assert model.training
-    assert not model.conv1.weight.requires_grad
-    with pytest.raises(RuntimeError, match=r"no dependency graph of CifarResNet: .*channels"):
-        dependency_graph(model, torch.zeros(1, 1, 32, 32))
+def test_parameters_that_do_not_fall_as_they_should_are_a_failure(monkeypatch):
+    model = network()
+    monkeypatch.setattr(surgery, "_stand_ins", lambda model, name, *_: {name: copy.deepcopy(model.layer1[1])})
+    with pytest.raises(RuntimeError, match=r"removing layer1.0 .*269,722 parameters are left where 265,050 at most"):
+        remove_blocks(model, ["layer1.0"], outputs=[0], example_inputs=X)
+    assert not removed_blocks(model).remove
+
+
+def test_plain_units():
+    features = torchvision.models.vgg.make_layers([4, 4, "M", 8, 8, 8], batch_norm=True)
+    model = nn.Sequential(OrderedDict(features=features, pool=nn.AdaptiveAvgPool2d(1), head=nn.Flatten())).eval()
+    x = torch.randn(2, 3, 16, 16)
+    blocks = find_blocks(model, x)
+    assert blocks.names == ("features.3", "features.10", "features.13")
+    for example in (None, x):
+        pruned = remove_blocks(copy.deepcopy(model), blocks.names[1:], example_inputs=example)
+        assert count_params(model) - count_params(pruned) == 2 * (8 * 8 * 9 + 8 + 2 * 8)
+        assert removed_blocks(pruned) == PruningPlan(blocks.names[1:], ("plain", "plain"), (0, 0))
+        assert torch.equal(pruned.features(x), model.features[:10](x))
+        assert not find_blocks(pruned, x).names[1:]
+
+
+class Tuples(nn.Module):
+    """A block that gives back a pair and takes a mask by name, as decoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x, mask=None):
+        return x + self.f(x), mask
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(4, 4), nn.ModuleList([Tuples(), Tuples()])
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x, _ = block(x=x, mask=None)
+        return x
+
+
+@pytest.mark.parametrize("example", [None, X[0, 0, :, :4]])
+def test_blocks_that_give_tuples(example):
+    model = Decoder()
+    remove_blocks(model, ["blocks.0", "blocks.1"], example_inputs=example)
+    assert torch.equal(model(X[0, 0, :, :4]), model.stem(X[0, 0, :, :4]))
+
+
+def test_form_of_the_weights_and_modes_stay():
+    model = torchvision.models.resnet18().to(memory_format=torch.channels_last, dtype=torch.float64).train()
+    model.layer2[0].downsample[1].eval()
+    kept = {name: (t.dtype, t.stride()) for name, t in model.state_dict().items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    remove_blocks(model, ["layer1.0", "layer2.0", "layer4.1"], example_inputs=x)
+    assert all(kept[name] == (t.dtype, t.stride()) for name, t in model.state_dict().items())
+    assert all(modes[name] == module.training for name, module in model.named_modules())
+
+
+def test_the_kind_found_without_inputs_is_the_kind_found_with_them():
+    for name in ("resnet18", "mobilenet_v3_small", "regnet_y_400mf", "convnext_tiny", "swin_t"):
+        model = getattr(torchvision.models, name)()
+        x = torch.randn(1, 3, 64, 64)
+        blocks = find_blocks(model, x)
+        params = count_params(model)
+        macs = count_macs(model, x)
+        remove_blocks(model, blocks.names)
+        plan = removed_blocks(model)
+        assert set(zip(plan.remove, plan.kinds, plan.outputs, strict=True)) == {
+            (block.name, block.kind, block.outputs) for block in blocks
+        }
+        assert params - count_params(model) == sum(block.params for block in blocks)
+        assert macs - count_macs(model, x) == sum(block.macs for block in blocks)
+
+
+def test_where_torch_pruning_gives_up_depth_pruning_stands(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no dependency graph")
+
+    monkeypatch.setattr(surgery, "dependency_graph", fail)
+    model = network()
+    with pytest.warns(RuntimeWarning, match=r"not to be trusted: no dependency graph"):
+        remove_blocks(model, ["layer1.0"], example_inputs=X)
+    assert removed_blocks(model).remove == ("layer1.0",)

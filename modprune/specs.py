@@ -1,0 +1,119 @@
+"""Networks by a short text, as command lines and benchmarks name them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import runpy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modprune.models import MODELS
+
+FORMS = "torchvision:NAME, timm:NAME, transformers:NAME or path/to/file.py:function"
+
+
+def build_model(spec: str) -> nn.Module:
+    """The network that `spec` names, with fresh random weights.
+
+    Args:
+        spec: a built-in name (`resnet56`), `torchvision:NAME`, `timm:NAME`, `transformers:NAME` (a model type such as
+            `vit`, a folder or a hub name: its config, for image classification where the type can) or
+            `path/to/file.py:function`, which is run: give only files that you trust.
+
+    Raises:
+        ValueError: if the spec names nothing or the library for it is missing; RuntimeError: if building fails. One
+            line each.
+
+    >>> sum(p.numel() for p in build_model("resnet56").parameters())
+    853018
+    """
+    source, _, name = spec.partition(":")
+    if source not in _LIBRARIES:
+        source, _, name = spec.rpartition(":")  # a path may have a colon itself
+    if not source:
+        if name in MODELS:
+            return MODELS[name]()
+        raise ValueError(f"model {spec!r} is unknown: give one of {', '.join(MODELS)}, or {FORMS}")
+    build = _LIBRARIES.get(source) or (_from_file(Path(source)) if source.endswith(".py") else None)
+    if build is None or not name:
+        raise ValueError(f"model {spec!r} is no {FORMS}")
+    try:
+        model = build(name)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"model {spec!r}: {_line(error)}") from None
+    except Exception as error:
+        raise RuntimeError(f"model {spec!r} cannot be built: {type(error).__name__}: {_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {spec!r} gives {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _from_torchvision(name: str) -> Any:
+    from torchvision.models import get_model_builder, list_models
+
+    if name not in list_models():
+        raise ValueError("torchvision has no such model; see torchvision.models.list_models()")
+    builder = get_model_builder(name)
+    arguments = [a for a in ("weights", "weights_backbone") if a in inspect.signature(builder).parameters]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of two old networks, about how they draw their weights
+        return builder(**dict.fromkeys(arguments))
+
+
+def _from_timm(name: str) -> Any:
+    timm = _import("timm")
+    if not timm.is_model(name):
+        raise ValueError("timm has no such model; see timm.list_models()")
+    return timm.create_model(name, pretrained=False)
+
+
+def _from_transformers(name: str) -> Any:
+    transformers = _import("transformers")
+    if name in transformers.CONFIG_MAPPING:
+        config = transformers.AutoConfig.for_model(name)
+    elif "/" not in name and not Path(name).is_dir():
+        raise ValueError("transformers has no such model type; see transformers.CONFIG_MAPPING")
+    else:
+        try:
+            config = transformers.AutoConfig.from_pretrained(name)
+        except OSError:
+            raise ValueError("no folder with a config.json and no reachable name on the hub") from None
+    for images in (transformers.AutoModelForImageClassification, transformers.AutoModel):
+        if type(config) in images._model_mapping:
+            return images.from_config(config)
+    raise ValueError(f"{type(config).__name__} has no model that stands alone")
+
+
+def _from_file(path: Path) -> Callable[[str], Any]:
+    def build(name: str) -> Any:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        function = runpy.run_path(str(path)).get(name)
+        if not callable(function):
+            raise ValueError(f"{path} has no function {name!r}")
+        return function()
+
+    return build
+
+
+def _import(library: str) -> Any:
+    try:
+        return importlib.import_module(library)
+    except ImportError:
+        raise ValueError(f"{library} is not installed: pip install {library}") from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_LIBRARIES: dict[str, Callable[[str], Any]] = {
+    "torchvision": _from_torchvision,
+    "timm": _from_timm,
+    "transformers": _from_transformers,
+}

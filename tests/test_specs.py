@@ -1,0 +1,62 @@
+"""A spec gives a network, or one line that says what is wrong with it."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from modprune.models import CifarResNet
+from modprune.specs import build_model
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("resnet56", "CifarResNet"),
+        ("torchvision:resnet18", "ResNet"),
+        ("torchvision:googlenet", "GoogLeNet"),
+        ("torchvision:fcn_resnet50", "FCN"),
+        ("timm:resnet18", "ResNet"),
+        ("transformers:resnet", "ResNetForImageClassification"),
+    ],
+)
+def test_every_library(spec, name):
+    assert type(build_model(spec)).__name__ == name
+
+
+def test_a_function_in_a_file(tmp_path):
+    (tmp_path / "a:b.py").write_text("from modprune.models import resnet20\ndef make(): return resnet20(num_classes=3)")
+    model = build_model(f"{tmp_path}/a:b.py:make")
+    assert isinstance(model, CifarResNet)
+    assert isinstance(model.linear, nn.Linear)
+    assert model.linear.out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("resnet57", ValueError, "model 'resnet57' is unknown: give one of resnet20"),
+        ("torchvision:nope", ValueError, "torchvision has no such model"),
+        ("timm:nope", ValueError, "timm has no such model"),
+        ("transformers:nope", ValueError, "transformers has no such model type"),
+        ("keras:vgg", ValueError, "is no torchvision:NAME"),
+        ("timm:", ValueError, "is no torchvision:NAME"),
+        ("gone.py:make", ValueError, r"gone\.py: no such file"),
+        ("{here}/m.py:gone", ValueError, r"m\.py has no function 'gone'"),
+        ("{here}/m.py:number", ValueError, r"gives int, not a torch\.nn\.Module"),
+        ("{here}/m.py:broken", RuntimeError, "cannot be built: ZeroDivisionError: division by zero"),
+        ("{here}/bad.py:f", ValueError, "No module named 'no_such_library'"),
+    ],
+)
+def test_what_names_nothing_is_one_line(tmp_path, spec, error, message):
+    (tmp_path / "m.py").write_text("number = lambda: 1\nbroken = lambda: 1 / 0\n")
+    (tmp_path / "bad.py").write_text("import no_such_library\n")
+    with pytest.raises(error, match=message) as caught:
+        build_model(spec.format(here=tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(ValueError, match="timm is not installed: pip install timm"):
+        build_model("timm:resnet18")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modprune._depgraph import (
+from modprune._autograd import (
     ACTIVATIONS,
     Call,
     between,

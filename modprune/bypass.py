@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from modprune._depgraph import first_line
+from modprune._autograd import first_line
 
 MARK = "modprune"
-# What a shortcut may pass through in a traced block; the autograd names in `_depgraph` say the same of a run one.
+# What a shortcut may pass through in a traced block; the autograd names in `_autograd` say the same of a run one.
 _SUMS = ("add", "iadd", "add_")
 _SILENT = (
     *("relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "softplus"),

@@ -62,6 +62,10 @@ DataDir = Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-
 Flops = Annotated[float | None, typer.Option(help="Fraction of MACs to remove, at least.", callback=_fraction)]
 Params = Annotated[float | None, typer.Option(help="Fraction of parameters to remove, at least.", callback=_fraction)]
 Count = Annotated[int | None, typer.Option("--blocks", min=1, help="How many blocks to remove, exactly.")]
+Width = Annotated[
+    float | None,
+    typer.Option(help="Fraction of channels to cut inside the blocks that stay, by torch-pruning.", callback=_fraction),
+]
 Seed = Annotated[int, typer.Option(help="Of calibration images, their order and augmentation.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file as well.")]
@@ -128,7 +132,8 @@ def curve(
 @app.command()
 def plan(
     model: Model, weights: Weights, data: Data = "cifar10", data_dir: DataDir = Path("data"), flops: Flops = None,
-    params: Params = None, count: Count = None, seed: Seed = 0, device: Device = "auto", json_: Json = None,
+    params: Params = None, count: Count = None, width: Width = None, seed: Seed = 0, device: Device = "auto",
+    json_: Json = None,
 ) -> None:  # fmt: skip
     """Choose the blocks to remove; nothing is changed. The JSON is the plan that PruningPlan.from_json reads."""
     import torch
@@ -140,11 +145,14 @@ def plan(
     network, train = _loaded(model, weights, device), _data(data, data_dir, train=True)
     loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=_device(device))
     example = torch.zeros(1, *train.images.shape[1:])
-    chosen = ModularityPruner(network, example, loader, flops=flops, params=params, blocks=count).plan()
+    pruner = ModularityPruner(network, example, loader, flops=flops, params=params, blocks=count, width=width)
+    chosen = pruner.plan()
     for name, score in chosen.scores.items():
         print(f"{name:<12} {score:+.4f}  {'remove' if name in chosen.remove else ''}".rstrip())
     freed = chosen.freed
-    print(f"{len(chosen.remove)} blocks go: {freed['flops']:.2%} of the MACs, {freed['params']:.2%} of the parameters")
+    channels = f" and {sum(len(c) for _, c in chosen.width)} channels" if chosen.width else ""
+    share = f"{freed['flops']:.2%} of the MACs, {freed['params']:.2%} of the parameters"
+    print(f"{len(chosen.remove)} blocks{channels} go: {share}")
     if json_ is not None:
         chosen.to_json(json_)
 
@@ -153,7 +161,7 @@ def plan(
 def prune(
     model: Model, weights: Weights, out: Annotated[Path, typer.Option(help="Folder for all results.")],
     data: Data = "cifar10", data_dir: DataDir = Path("data"), flops: Flops = None, params: Params = None,
-    count: Count = None,
+    count: Count = None, width: Width = None,
     epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 stops before it.")] = 40,
     lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 0.1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
@@ -174,7 +182,7 @@ def prune(
     pad = 4 if data == "cifar10" else 1
     try:
         report = prune_job(
-            network, train, test, out, flops=flops, params=params, blocks=count, recipe=recipe,
+            network, train, test, out, flops=flops, params=params, blocks=count, width=width, recipe=recipe,
             batch_size=batch_size, pad=pad, seed=seed, resume=resume,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -188,8 +196,8 @@ def prune(
 def evaluate(
     model: Annotated[Path, typer.Option(help="A model that modprune saved (.safetensors).")],
     data: Data = "cifar10", data_dir: DataDir = Path("data"),
-    network: Annotated[str | None, typer.Option(help="The unpruned network, as --model of prune; not for built-in ones.")]
-    = None, device: Device = "auto", json_: Json = None,
+    network: Annotated[str | None, typer.Option(help="The unpruned network, if it is no built-in one.")] = None,
+    device: Device = "auto", json_: Json = None,
 ) -> None:  # fmt: skip
     """Top-1, Top-5 and loss of a saved model on the test images."""
     import modprune

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from modprune.blocks import Blocks
 from modprune.curve import ModularityCurve, modularity_curve
+from modprune.features import pairs
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,22 @@ def modularity(model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> Block
     return BlockScores(blocks.names, np.diff(curve.q, axis=1), curve)
 
 
-CRITERIA: dict[str, Criterion] = {"modularity": modularity}
+def block_influence(model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+    """1 - cosine of what goes into a block and what comes out, over 500 samples; needs no labels.
+
+    Each sample is flattened; a repeat is a batch. Blocks that change the shape have nothing to compare and score 1.
+    Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect" (2024), section 3.
+    """
+    return BlockScores(blocks.names, np.array(pairs(model, blocks.names, loader, 500, _turned)))
+
+
+def _turned(x: Tensor, y: Tensor) -> float:
+    if x.shape != y.shape:
+        return 1.0
+    return 1 - float(F.cosine_similarity(x.flatten(1).double(), y.flatten(1).double()).mean())
+
+
+CRITERIA: dict[str, Criterion] = {"modularity": modularity, "block_influence": block_influence}
 
 
 def resolve(criterion: str | Criterion) -> Criterion:
@@ -53,7 +70,7 @@ def resolve(criterion: str | Criterion) -> Criterion:
 
     >>> resolve("magic")
     Traceback (most recent call last):
-    ValueError: criterion 'magic' is unknown: give one of modularity, or a callable
+    ValueError: criterion 'magic' is unknown: give one of modularity, block_influence, or a callable
     """
     if callable(criterion):
         return criterion

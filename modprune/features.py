@@ -147,6 +147,55 @@ class LayerGrams:
             )
 
 
+def pairs(
+    model: nn.Module,
+    layers: Sequence[str],
+    loader: Iterable[Any],
+    samples: int,
+    measure: Callable[[Tensor, Tensor], float],
+) -> list[list[float]]:
+    """`measure(input, output)` of each layer in each batch, until `samples` have passed; labels are not needed.
+
+    Args:
+        model: run in eval mode without gradients, on its own device; left as found.
+        layers: names of sub-modules that are called once in a forward pass.
+        loader: batches; the first tensor that goes into a layer and the first that comes out are measured.
+        samples: how many, at least; fewer where the loader has no more.
+        measure: of two tensors with one row a sample.
+    """
+    values: list[list[float]] = []
+    row: dict[str, float] = {}
+
+    def after(layer: str, args: Any, kwargs: Any, out: Any) -> None:
+        x, y = first_tensor((args, kwargs)), first_tensor(out)
+        assert x is not None
+        assert y is not None
+        row[layer] = measure(x, y)
+
+    hooks = [
+        model.get_submodule(layer).register_forward_hook(
+            lambda _, args, kwargs, out, layer=layer: after(layer, args, kwargs, out), with_kwargs=True
+        )
+        for layer in layers
+    ]
+    seen = 0
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in loader:
+                inputs = split_batch(batch)[0]
+                call(model, to_device(inputs, device_of(model)))
+                values.append([row[layer] for layer in layers])
+                seen += batch_size(inputs)
+                if seen >= samples:
+                    break
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if not values:
+        raise ValueError("the loader gives no batch")
+    return values
+
+
 def _passes(columns: dict[str, int], samples: int, budget: int) -> Iterator[list[Slab]]:
     """Slabs of all layers in order, as many a pass as the budget holds; a single one is made to fit."""
     width = max(1, min(SLAB, budget // (4 * samples) - samples))
@@ -180,7 +229,10 @@ def _consecutive(loader: Iterable[Any], samples: int) -> Iterator[Sample]:
 def _labelled(batch: Any) -> tuple[Any, Tensor]:
     inputs, labels = split_batch(batch)
     if labels is None:
-        raise ValueError("the loader gives no labels, and modularity measures how labels part: give (inputs, labels)")
+        raise ValueError(
+            "the loader gives no labels, and modularity measures how labels part: "
+            "give (inputs, labels), or take the criterion 'block_influence', which needs none"
+        )
     if labels.shape != (batch_size(inputs),):
         raise ValueError(f"labels of shape {tuple(labels.shape)} for {batch_size(inputs)} inputs: one each is needed")
     return inputs, labels

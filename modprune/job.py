@@ -35,6 +35,7 @@ def prune_job(
     flops: float | None = None,
     params: float | None = None,
     blocks: int | None = None,
+    width: float | None = None,
     recipe: Recipe | None = None,
     batch_size: int = 128,
     pad: int = 4,
@@ -51,7 +52,7 @@ def prune_job(
         train: for calibration and fine-tuning; nothing is chosen by `test`, which the report is measured on.
         test: as `train`.
         out: a folder, made if needed.
-        flops, params, blocks: the budget, see `ModularityPruner`.
+        flops, params, blocks, width: the budget, see `ModularityPruner`.
         recipe: of the fine-tuning; None leaves it out.
         batch_size, pad: of the training images, see `ImageLoader`.
         seed: of calibration images, order and augmentation.
@@ -68,7 +69,7 @@ def prune_job(
     example = torch.zeros(1, *train.images.shape[1:], device=device)
     plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
     if plan is None:
-        plan = _measure(model, train, out, example, seed, flops=flops, params=params, blocks=blocks)
+        plan = _measure(model, train, out, example, seed, flops=flops, params=params, blocks=blocks, width=width)
     pruned = plan.apply(copy.deepcopy(model), example)
     if recipe is not None:
         loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device, views=VIEWS)

@@ -26,6 +26,7 @@ class PruningPlan:
         remove: names of blocks, in forward order.
         kinds: the kind of each, "identity", "transition" or "plain"; empty in a plan written by hand, then found out.
         outputs: length of the tuple that each gave back, 0 for a tensor alone; empty as `kinds`.
+        width: layers by name with the output channels that go from them once the blocks are gone.
         criterion: what scored the blocks.
         scores: the score of every candidate: what is lost if it goes.
         freed: fractions of the MACs (`flops`) and parameters (`params`) that go.
@@ -37,6 +38,7 @@ class PruningPlan:
     remove: tuple[str, ...]
     kinds: tuple[str, ...] = ()
     outputs: tuple[int, ...] = ()
+    width: tuple[tuple[str, tuple[int, ...]], ...] = ()
     criterion: str = ""
     scores: Mapping[str, float] = field(default_factory=dict, hash=False)
     freed: Mapping[str, float] = field(default_factory=dict, hash=False)
@@ -52,6 +54,7 @@ class PruningPlan:
         if self.kinds and (len(self.kinds) != len(self.remove) or not set(self.kinds) <= set(KINDS)):
             raise ValueError(f"a plan's 'kinds' gives one of {', '.join(KINDS)} for each block to remove, or nothing")
         self._check_outputs()
+        self._check_width()
         if not isinstance(self.criterion, str):
             raise ValueError("a plan's 'criterion' is a string")
         for name in ("scores", "freed"):
@@ -69,6 +72,17 @@ class PruningPlan:
         if value and len(value) != len(self.remove):
             raise ValueError("a plan's 'outputs' gives a length for each block to remove, or nothing")
         object.__setattr__(self, "outputs", tuple(value))
+
+    def _check_width(self) -> None:
+        try:
+            width = tuple((name, tuple(channels)) for name, channels in self.width)
+        except (TypeError, ValueError):
+            width = (("", ()),)
+        if not all(
+            isinstance(name, str) and name and all(type(c) is int for c in channels) for name, channels in width
+        ):
+            raise ValueError(f"a plan's 'width' pairs names of layers with channels, not {self.width!r:.60}")
+        object.__setattr__(self, "width", width)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text; written to `path` as well if given, in one step."""
@@ -100,10 +114,10 @@ class PruningPlan:
         return cls(**data)
 
     def apply(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
-        """Remove the blocks from `model` in place and return it; see `modprune.surgery.remove_blocks`."""
-        from modprune.surgery import remove_blocks  # the one step back along the way of the data
+        """Carry the plan out on `model` in place and return it; see `modprune.surgery.apply_plan`."""
+        from modprune.surgery import apply_plan  # the one step back along the way of the data
 
-        return remove_blocks(model, self.remove, kinds=self.kinds, outputs=self.outputs, example_inputs=example_inputs)
+        return apply_plan(model, self, example_inputs)
 
 
 def _is_number(value: Any) -> bool:

@@ -15,6 +15,7 @@ from modprune.budget import Budget, Candidate, choose
 from modprune.cost import count_macs, count_params
 from modprune.criteria import BlockScores, Criterion, resolve
 from modprune.plan import PruningPlan
+from modprune.width import choose_cuts, narrow
 
 
 class ModularityPruner:
@@ -24,9 +25,11 @@ class ModularityPruner:
         model: a bare module, changed by `step` alone.
         example_inputs: a tensor, a tuple or a dict, as in torch-pruning.
         loader: calibration batches `(inputs, labels, ...)` or dicts with `labels`, from the training set.
-        criterion: "modularity" or a callable (see `modprune.criteria`).
+        criterion: "modularity", "block_influence" (which needs no labels) or a callable (see `modprune.criteria`).
         flops, params: fractions of MACs and parameters to remove, at least.
         blocks: how many blocks to remove, exactly.
+        width: fraction of the channels to cut afterwards from each layer inside the blocks that stay, by torch-pruning
+            (see `modprune.width`); None for none.
         ignored_layers: modules or names that must stay: no block that is one, is inside one or holds one goes.
         iterative_steps: 1 chooses all blocks from one measurement. With n > 1 the budget is met in n equal stages,
             the network measured anew before each.
@@ -53,14 +56,17 @@ class ModularityPruner:
         flops: float | None = None,
         params: float | None = None,
         blocks: int | None = None,
+        width: float | None = None,
         ignored_layers: Sequence[nn.Module | str] = (),
         iterative_steps: int = 1,
     ) -> None:
         if iterative_steps < 1:
             raise ValueError(f"iterative_steps={iterative_steps}: at least 1 is needed")
+        if width is not None and not 0 < width < 1:
+            raise ValueError(f"width={width}: a fraction of the channels between 0 and 1 is needed")
         self.model, self.example_inputs, self.loader = model, example_inputs, loader
         self.criterion, self.budget = resolve(criterion), Budget(flops, params, blocks)
-        self.ignored, self.iterative_steps = _names(model, ignored_layers), iterative_steps
+        self.ignored, self.iterative_steps, self.width = _names(model, ignored_layers), iterative_steps, width
         self.scores: BlockScores | None = None
         self._plan: PruningPlan | None = None
 
@@ -98,12 +104,23 @@ class ModularityPruner:
                 _plan_for(whole, names).apply(model, self.example_inputs)
         chosen = {candidate.name for candidate in gone}
         assert self.scores is not None
-        return replace(
+        plan = replace(
             _plan_for(whole, [name for name in whole if name in chosen]),
             criterion=getattr(self.criterion, "__name__", type(self.criterion).__name__),
             scores=self.scores.mean,
             freed={"flops": sum(c.macs for c in gone) / totals[0], "params": sum(c.params for c in gone) / totals[1]},
         )
+        return plan if self.width is None else self._with_width(plan, self.width, totals)
+
+    def _with_width(self, plan: PruningPlan, width: float, totals: tuple[int, int]) -> PruningPlan:
+        """The plan with the channels to cut once its blocks are gone; all on a copy."""
+        trial = plan.apply(copy.deepcopy(self.model), self.example_inputs)
+        blocks = find_blocks(trial, self.example_inputs)
+        ignored = [name for name in self.ignored if name in dict(trial.named_modules())]
+        cuts = choose_cuts(trial, blocks, self.example_inputs, width, ignored)
+        narrow(trial, cuts, self.example_inputs)
+        left = count_macs(trial, self.example_inputs) / totals[0], count_params(trial) / totals[1]
+        return replace(plan, width=cuts, freed={"flops": 1 - left[0], "params": 1 - left[1]})
 
 
 def _plan_for(blocks: Mapping[str, Block], names: Sequence[str]) -> PruningPlan:

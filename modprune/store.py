@@ -19,6 +19,7 @@ from modprune._files import write_bytes
 from modprune.models import CifarResNet
 from modprune.plan import PruningPlan
 from modprune.surgery import removed_blocks
+from modprune.width import narrowed_layers, resize
 
 FORMAT = 1
 
@@ -26,15 +27,19 @@ FORMAT = 1
 def save(model: nn.Module, path: str | Path) -> None:
     """Save a model, pruned or not, to one safetensors file, written in one step.
 
-    The header says which blocks are gone (read off the model) and holds a checksum, so that `load` can rebuild the
-    model from the unpruned one without example inputs.
+    The header says which blocks are gone and which layers are narrower (read off the model) and holds a checksum, so
+    that `load` can rebuild the model from the unpruned one without example inputs.
 
     Raises:
         OSError: if the file cannot be written.
     """
     model = _bare(model)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-    structure = {"plan": json.loads(removed_blocks(model).to_json()), "cifar_resnet": _shape_of(model)}
+    structure = {
+        "plan": json.loads(removed_blocks(model).to_json()),
+        "narrowed": narrowed_layers(model),
+        "cifar_resnet": _shape_of(model),
+    }
     header = {"format": FORMAT, **structure, "sha256": _checksum(structure, tensors)}
     write_bytes(path, safetensors.torch.save(tensors, metadata={"modprune": json.dumps(header)}))
 
@@ -58,6 +63,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if header.pop("sha256") != _checksum(header, tensors):
         raise ValueError(f"{path}: its contents do not match their checksum: the file was altered; get it anew")
     plan = _plan(path, header["plan"])
+    narrowed = header["narrowed"]
+    if not isinstance(narrowed, list) or not all(isinstance(name, str) for name in narrowed):
+        raise ValueError(f"{path}: its header is damaged: get it anew")
     if model is None:
         model = _build(path, header["cifar_resnet"])
         model.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), None))
@@ -65,6 +73,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     for candidate in (trial, model):  # all that can fail fails on the trial, before the caller's model is touched
         try:
             plan.apply(candidate)
+            resize(candidate, narrowed, tensors)
         except ValueError as error:
             raise ValueError(f"{path}: a file of another network: {error}") from error
         _check_fit(path, candidate, tensors)
@@ -146,7 +155,7 @@ def _header(path: str | Path, text: str) -> dict[str, Any]:
             raise TypeError
         if version > FORMAT:
             raise ValueError(f"{path}: of format {version}; this modprune reads up to {FORMAT}: update modprune")
-        return {key: header[key] for key in ("sha256", "plan", "cifar_resnet")}
+        return {key: header[key] for key in ("sha256", "plan", "narrowed", "cifar_resnet")}
     except (KeyError, TypeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path}: its header is damaged: get it anew") from None
 

@@ -6,6 +6,7 @@ is done here: a pass-through under the block's name keeps every other name, and 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
 from collections.abc import Sequence
@@ -14,12 +15,43 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from modprune._depgraph import dependency_graph, first_line
+from modprune._autograd import first_line
+from modprune._depgraph import dependency_graph
 from modprune._inputs import call, device_of, evaluating, to_device
 from modprune.blocks import Block, activation_after, check_bare, find_blocks, norm_after
 from modprune.bypass import MARK, Copy, PassThrough, shortcut_only, traced_kind, traced_outputs
 from modprune.cost import count_params
 from modprune.plan import PruningPlan
+from modprune.width import narrow
+
+
+def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) -> nn.Module:
+    """Remove the blocks of a plan in place, cut its channels from what stays, and return the model.
+
+    Args:
+        model: as for `remove_blocks`, which has the details.
+        plan: what goes.
+        example_inputs: needed where the plan cuts channels.
+
+    Raises:
+        ValueError: for a plan that does not fit the model; RuntimeError: if the pruned model fails its proof. The model
+            is as it was.
+    """
+    blocks = {"kinds": plan.kinds, "outputs": plan.outputs, "example_inputs": example_inputs}
+    if not plan.width:
+        return remove_blocks(model, plan.remove, **blocks)  # type: ignore[arg-type]
+    if example_inputs is None:
+        raise ValueError("the plan cuts channels too: give example_inputs, which torch-pruning traces the model with")
+    before = _output_shapes(model, example_inputs)
+    trial = remove_blocks(copy.deepcopy(model), plan.remove, **blocks)  # type: ignore[arg-type]
+    count = count_params(trial)
+    narrow(trial, plan.width, example_inputs)  # what can fail fails on the trial
+    problem = _problem(trial, example_inputs, before, count - 1)
+    if problem:
+        raise RuntimeError(f"cutting channels failed: {problem}; the model is as it was")
+    remove_blocks(model, plan.remove, **blocks)  # type: ignore[arg-type]
+    narrow(model, plan.width, example_inputs)
+    return model
 
 
 def remove_blocks(

@@ -1,0 +1,239 @@
+"""What autograd knows of a forward pass: which value was made from which, and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from modprune._inputs import call, evaluating, first_tensor
+
+# Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
+SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
+ACTIVATIONS = (
+    *("Relu", "Hardtanh", "Gelu", "Silu", "Hardswish", "LeakyRelu", "Elu", "Mish", "Clamp", "Threshold", "Softplus"),
+    *("PreluKernel", "RreluWithNoise"),
+)
+LAYOUT = (
+    *("View", "UnsafeView", "Reshape", "Alias", "Permute", "Transpose", "TBackward", "Roll", "Clone"),
+    *("Squeeze", "Unsqueeze", "ToCopy"),
+)
+NORMS = ("NativeLayerNorm", "RmsNorm", "FusedRmsNorm")
+
+Edge = tuple[Any, int]
+"""A value in autograd's graph: the node that made it, and which of that node's outputs it is."""
+
+
+@contextmanager
+def traceable(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode with gradients for all it holds; modes, RNG, `requires_grad` and buffers come back."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield model
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):  # a write, even of the same values, would spoil graphs it is in
+                    buffer.copy_(value)
+
+
+def first_line(error: Exception) -> str:
+    """An error's message, cut to its first line; its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def edge(tensor: Tensor) -> Edge | None:
+    """Where a tensor stands in autograd's graph; None if it needs no gradient or is a leaf."""
+    return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
+
+
+@dataclass
+class Call:
+    """What hooks saw of one sub-module: arguments, the ends of its autograd graph, the form of what it gave back.
+
+    Attributes:
+        x, start: the first tensor that went in, and where it stands in autograd's graph.
+        end, shape: the same of the first tensor that came out; `end` is None if it depends on nothing.
+        form: "" if a tensor or a tuple came out, else the type's name.
+        outputs: length of the tuple that came out; 0 for none.
+        times: how often the module was called.
+    """
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    x: Tensor
+    start: Edge
+    end: Edge | None = None
+    shape: torch.Size | None = None
+    form: str = ""
+    outputs: int = 0
+    times: int = 1
+
+    @property
+    def composite(self) -> bool:
+        """Whether the module has others inside it."""
+        return any(True for _ in self.module.children())
+
+
+def record_calls(model: nn.Module, inputs: Any) -> tuple[dict[str, Call], Any]:
+    """Calls of all sub-modules with parameters, in the order in which they began, and the model's output.
+
+    Raises:
+        RuntimeError: if the model cannot run on `inputs`; one line.
+    """
+    calls: dict[str, Call] = {}
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = first_tensor((args, kwargs))
+        start = None if x is None else edge(x)
+        if name in calls:
+            calls[name].times += 1
+        elif x is not None and start is not None:
+            # Later layers may write into x in place: the proof needs it as it is now.
+            x = x.detach().clone() if any(True for _ in module.children()) else x.detach()
+            calls[name] = Call(name, module, args, kwargs, x, start)
+
+    def after(name: str, out: Any) -> None:
+        y = first_tensor(out)
+        if name in calls and y is not None and calls[name].end is None:
+            seen = calls[name]
+            seen.end, seen.outputs = edge(y), len(out) if isinstance(out, tuple) else 0
+            seen.shape, seen.form = y.shape, "" if isinstance(out, (Tensor, tuple)) else type(out).__name__
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name and any(True for _ in module.parameters()):
+            pre = lambda m, args, kwargs, name=name: before(name, m, args, kwargs)  # noqa: E731
+            hooks.append(module.register_forward_pre_hook(pre, with_kwargs=True))
+            hooks.append(module.register_forward_hook(lambda m, args, out, name=name: after(name, out)))
+    try:
+        with _SumsOutOfPlace():
+            return calls, call(model, _differentiable(inputs))
+    except Exception as error:
+        raise RuntimeError(f"{type(model).__name__} does not run on the example inputs: {first_line(error)}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _SumsOutOfPlace(TorchFunctionMode):
+    """Sums into a view give a tensor of their own: autograd would note a copy of slices and hide what was added."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.add_, Tensor.__iadd__) and args[0]._is_view():
+            function = torch.add
+        return function(*args, **(kwargs or {}))
+
+
+def _differentiable(value: Any) -> Any:
+    """`value` with gradients for every floating-point tensor in it, so that blocks right at the input are seen too."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_().clone() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _differentiable(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_differentiable(item) for item in value)
+    return value
+
+
+def is_any(node: Any, kinds: tuple[str, ...]) -> bool:
+    """Whether the name of an autograd node begins with one of `kinds`."""
+    return bool(node.name().startswith(kinds))
+
+
+def between(end: Any, start: Edge) -> set[Any]:
+    """Autograd nodes from `end` back to `start`, both included; the walk does not go past `start`."""
+    seen, stack = {end}, [] if end is start[0] else [end]
+    while stack:
+        for following, output in stack.pop().next_functions:
+            if following is None:
+                continue
+            if (following, output) != start and following not in seen:
+                stack.append(following)
+            seen.add(following)
+    return seen
+
+
+def parameters(nodes: set[Any]) -> list[Tensor]:
+    """The leaves (parameters) among autograd nodes."""
+    return [node.variable for node in nodes if hasattr(node, "variable")]
+
+
+def identity_path(end: Edge, start: Edge) -> str:
+    """What is added to `start` on a path to `end` of sums, activations and changes of layout alone.
+
+    A norm may follow a sum (post-norm, as in BERT), but not stand before the first one: that would be `norm(x) + f`.
+
+    Returns:
+        "branch" if it is learned and made from `start`, "other" if it is learned but not from `start`, "" if neither.
+    """
+    seen, stack, best = set(), [(end, 0, False)], 0
+    while stack:
+        step = here, added, normed = stack.pop()
+        if here == start and not normed:
+            best = max(best, added)
+        silent = SUMS + ACTIVATIONS + LAYOUT + NORMS
+        if step in seen or here[0] in (None, start[0]) or not is_any(here[0], silent):
+            continue
+        seen.add(step)
+        operands = here[0].next_functions
+        if not is_any(here[0], SUMS):
+            stack.append((operands[0], added, normed or is_any(here[0], NORMS)))
+            continue
+        for i in _unscaled(here[0]):
+            sides = [between(node, start) for j, (node, _) in enumerate(operands) if j != i and node is not None]
+            gains = [1 + (start[0] in side) for side in sides if parameters(side)]
+            stack.append((operands[i], max([added, *gains]), normed and not gains))
+    return ("", "other", "branch")[best]
+
+
+def _unscaled(node: Any) -> tuple[int, ...]:
+    """Which operands of a sum go into it as they are: `a + alpha * b`, `a - b`, `a + b * c`."""
+    return (0, 1) if is_any(node, ("AddBackward",)) and getattr(node, "_saved_alpha", 1) == 1 else (0,)
+
+
+def last_sum(end: Any) -> list[Any]:
+    """The two operands of the sum that ends a computation, but for activations and changes of layout; else none."""
+    while is_any(end, ACTIVATIONS + LAYOUT) and (before := end.next_functions[0][0]) is not None:
+        end = before
+    operands = [node for node, _ in end.next_functions if node is not None]
+    return operands if is_any(end, SUMS) and _unscaled(end) == (0, 1) and len(operands) == 2 else []
+
+
+def users(output: Any) -> dict[Any, set[Any]]:
+    """For every autograd node behind a model's output, the nodes that use its value."""
+    found: dict[Any, set[Any]] = {}
+    stack = [tensor.grad_fn for tensor in differentiable_tensors(output)]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            found.setdefault(following, set()).add(node)
+            if following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return found
+
+
+def differentiable_tensors(output: Any) -> list[Tensor]:
+    """The tensors in a model's output, caches left aside, that depend on a parameter or an input."""
+    if isinstance(output, Tensor):
+        return [output] if output.grad_fn is not None else []
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    return [t for item in output for t in differentiable_tensors(item)] if isinstance(output, (tuple, list)) else []

@@ -1,0 +1,175 @@
+"""Channels that go are as if they had been masked; the plan, the file and the report know of them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.zoo_networks import NETWORKS
+from modprune import ModularityPruner, PruningPlan, compare, find_blocks, load, save
+from modprune._inputs import call
+from modprune.cost import count_macs, count_params
+from modprune.models import resnet20
+from modprune.surgery import removed_blocks
+from modprune.width import choose_cuts, narrow, narrowed_layers
+
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """In eval mode, with batch norms that do something."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
+
+
+def masked(model: nn.Module, cuts, silenced) -> nn.Module:
+    """The oracle: no channel goes, but those to cut are zero behind the layer `silenced(name)`, a norm or the root."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, channels in cuts:
+            layer = model.get_submodule(silenced(name))
+            layer.weight[list(channels)] = 0
+            if layer.bias is not None:
+                layer.bias[list(channels)] = 0
+    return model
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        out = call(model, inputs)
+    return out if isinstance(out, torch.Tensor) else out[0] if isinstance(out, tuple) else next(iter(out.values()))
+
+
+CASES = {
+    "resnet20": (resnet20, X, lambda name: name.replace("conv", "bn")),
+    "resnet50": (torchvision.models.resnet50, X, lambda name: name.replace("conv", "bn")),
+    "resnext": (torchvision.models.resnext50_32x4d, X, lambda name: name.replace("conv", "bn")),
+    "vit": (*NETWORKS["vit"], lambda name: name),
+    "llama": (*NETWORKS["llama"], lambda name: name.replace("gate", "up")),
+    "bert": (*NETWORKS["bert"], lambda name: name),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cut_channels_are_as_if_masked(name):
+    torch.manual_seed(0)
+    make, inputs, silenced = CASES[name]
+    model = randomised(make()).double()  # sums in another order differ in float32
+    inputs = tree_map(lambda t: t.double() if t.is_floating_point() else t, inputs)
+    cuts = choose_cuts(model, find_blocks(model, inputs), inputs, 0.3)
+    narrowed = copy.deepcopy(model)
+    narrow(narrowed, cuts, inputs)
+    assert count_params(narrowed) < 0.95 * count_params(model)
+    torch.testing.assert_close(outputs(narrowed, inputs), outputs(masked(model, cuts, silenced), inputs))
+    # and the mask is no idle one
+    assert not torch.allclose(outputs(narrowed, inputs), outputs(model, inputs), atol=1e-4)
+
+
+def test_only_inner_channels_go_the_weakest_first():
+    model = resnet20().eval()
+    with torch.no_grad():
+        model.layer2[1].conv1.weight[5:9] = 0
+    cuts = dict(choose_cuts(model, find_blocks(model, X), X, 0.125, ignored=["layer3"]))
+    assert set(cuts) == {f"layer{s}.{b}.conv1" for s in (1, 2) for b in range(3)}
+    assert {name: len(channels) for name, channels in cuts.items()} == dict.fromkeys(cuts, 2) | {
+        f"layer2.{b}.conv1": 4 for b in range(3)
+    }
+    assert cuts["layer2.1.conv1"] == (5, 6, 7, 8)
+
+
+@pytest.fixture
+def loader():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(100, 3, 16, 16, generator=generator)
+    return DataLoader(TensorDataset(images, torch.arange(100) % 5), 50)
+
+
+def test_depth_then_width_in_one_plan_one_file_and_one_report(tmp_path, loader):
+    torch.manual_seed(0)
+    model = resnet20().to(memory_format=torch.channels_last)
+    model.conv1.weight.requires_grad_(False)
+    original, example = copy.deepcopy(model), torch.zeros(1, 3, 16, 16)
+    pruner = ModularityPruner(model, example, loader, "block_influence", blocks=3, width=0.25)
+    plan = pruner.plan()
+    assert (len(plan.remove), len(plan.width)) == (3, 6)
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    assert pruner.step() is model
+    freed = 1 - count_macs(model, example) / count_macs(original, example)
+    assert plan.freed["flops"] == pytest.approx(freed)
+    assert plan.freed["params"] == pytest.approx(1 - count_params(model) / count_params(original))
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
+    again = plan.apply(copy.deepcopy(original), example)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor)
+
+    save(model.eval(), tmp_path / "m.safetensors")
+    for loaded in (load(tmp_path / "m.safetensors"), load(tmp_path / "m.safetensors", resnet20())):
+        assert torch.equal(loaded.to(memory_format=torch.channels_last).eval()(X), model(X))
+        assert removed_blocks(loaded).remove == removed_blocks(model).remove
+        assert narrowed_layers(loaded) == narrowed_layers(model)
+        assert loaded.layer3[0].conv1.out_channels == model.layer3[0].conv1.out_channels
+    report = compare(original.eval(), model, example, loader)
+    assert report.pruned.params == count_params(model)
+
+
+def test_a_file_of_narrowed_layers_does_not_fit_another_network(tmp_path):
+    model = resnet20()
+    narrow(model, choose_cuts(model, find_blocks(model, X), X, 0.5), X)
+    save(model, tmp_path / "m.safetensors")
+    for other, message in (
+        (resnet20(num_classes=7), "number of classes"),
+        (torchvision.models.resnet18(), "another network"),
+    ):
+        before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "m.safetensors", other)
+        assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        ((("layer1.9.conv1", (0,)),), "has no such layer"),
+        ((("layer1.0.conv1", ()),), "0 channels to cut are not some of its 16"),
+        ((("layer1.0.conv1", (16,)),), "not some of its 16"),
+        ((("layer1.0.conv1", tuple(range(16))),), "not some of its 16"),
+    ],
+)
+def test_plans_that_do_not_fit_leave_the_model(width, message):
+    model = resnet20()
+    with pytest.raises(ValueError, match=message):
+        PruningPlan(("layer2.1",), width=width).apply(model, X)
+    assert count_params(model) == count_params(resnet20())
+    with pytest.raises(ValueError, match="give example_inputs"):
+        PruningPlan(width=(("layer1.0.conv1", (0,)),), remove=()).apply(model)
+
+
+def test_cutting_what_the_output_carries_is_refused():
+    model = resnet20()
+    with pytest.raises(RuntimeError, match=r"had shape .*; the model is as it was"):
+        PruningPlan(("layer2.1",), width=(("linear", (1, 2)),)).apply(model, X)
+    assert count_params(model) == count_params(resnet20())
+
+
+@pytest.mark.parametrize("width", [0, 1, -0.1, 1.5])
+def test_fractions_out_of_range(loader, width):
+    with pytest.raises(ValueError, match=f"width={width}: a fraction of the channels"):
+        ModularityPruner(resnet20(), X, loader, blocks=1, width=width)
+
+
+def test_no_channels_that_can_go():
+    model = torchvision.models.alexnet().eval()
+    with pytest.raises(ValueError, match="has no channels inside its blocks"):
+        choose_cuts(model, find_blocks(model, X), X, 0.5, ignored=["features", "classifier"])

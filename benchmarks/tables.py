@@ -14,6 +14,15 @@ from benchmarks._env import RESULTS
 from modprune._files import write_text
 
 README = Path(__file__).parents[1] / "README.md"
+ZOO_PAGE = README.parent / "docs" / "zoo.md"
+ZOO_HEAD = """# Networks
+
+What `modprune.find_blocks` finds in networks with random weights, and what works once every one of these blocks is
+removed: the forward pass with the same output shapes, gradients, saving and loading bit for bit, torch-pruning's
+dependency graph, half the blocks removed and 0.3 of the channels inside the others cut, `torch.compile`,
+`torch.export`, ONNX. The numbers of blocks were counted by hand from the papers beforehand. Last, the time of
+`find_blocks` in forward passes. By `python -m benchmarks.zoo`."""
+STEPS = ("forward", "gradients", "round_trip", "depgraph", "width", "compile", "export", "onnx")
 
 # ResNet56 on CIFAR-10 as published: Lu et al., ECCV 2022, and the rows it compares with. Top-1, parameters and FLOPs
 # removed, in percent.
@@ -95,5 +104,33 @@ def filled(text: str) -> str:
     return text
 
 
+def zoo() -> str:
+    """The page of networks: what was found in each and what works once it is all removed."""
+    run = load("zoo")
+    steps = [step for step in ("surgery", *STEPS) if any(step in row for row in run["networks"])]
+    head = ["network", "identity", "transition", "plain", "refused", *steps, "finding / forward"]
+    lines = [_row(head), _row(["---", *["---:"] * 4, *["---"] * len(steps), "---:"])]
+    notes: list[str] = []
+    for row in run["networks"]:
+        cells = [_mark(row.get(step, ""), f"{row['network']}, {step}", notes) for step in steps]
+        found = [f"{n}" if n == e else f"{n} (not {e})" for n, e in zip(row["found"], row["expected"], strict=True)]
+        ratio = f"{row['find_seconds'] / row['forward_seconds']:.1f}"
+        lines.append(_row([f"`{row['network']}`", *found, str(len(row["refused"])), *cells, ratio]))
+        notes += [f"- `{row['network']}`: `{name}` stays: {why}" for name, why in row["refused"].items()]
+    return "\n".join([ZOO_HEAD, "", *lines, "", *notes, ""])
+
+
+def _mark(verdict: str, what: str, notes: list[str]) -> str:
+    if verdict not in ("ok", ""):
+        notes.append(f"- {what}: {verdict}")
+    return {"ok": "yes", "": ""}.get(verdict, "see below")
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
     write_text(README, filled(README.read_text()))
+    if (RESULTS / "zoo.json").exists():
+        write_text(ZOO_PAGE, zoo())

@@ -27,9 +27,11 @@ from benchmarks._env import write_result
 from modprune import find_blocks, load, save
 from modprune._depgraph import dependency_graph
 from modprune._inputs import call
+from modprune.blocks import Blocks
 from modprune.cost import count_params
 from modprune.specs import build_model
 from modprune.surgery import remove_blocks
+from modprune.width import choose_cuts, narrow
 
 NONE = (0, 0, 0)
 
@@ -184,6 +186,7 @@ def check(entry: Entry, fast: bool) -> dict[str, Any]:
         "gradients": lambda: _gradients(pruned, inputs),
         "round_trip": lambda: _round_trip(model, pruned, inputs),
         "depgraph": lambda: _depgraph(pruned, inputs),
+        "width": lambda: _width(model, blocks, inputs),
     }
     if not fast:
         steps |= {
@@ -205,10 +208,9 @@ def _verdict(step: Callable[[], None]) -> str:
     return "ok"
 
 
-def _surgery(pruned: nn.Module, blocks: Any, inputs: Any) -> None:
-    names, kinds = blocks.names, [block.kind for block in blocks]
+def _surgery(pruned: nn.Module, blocks: Blocks, inputs: Any) -> None:
     before = count_params(pruned)
-    remove_blocks(pruned, names, kinds=kinds, outputs=[block.outputs for block in blocks], example_inputs=inputs)
+    remove_blocks(pruned, blocks.names, example_inputs=inputs)
     freed = sum(block.params for block in blocks)
     if before - count_params(pruned) != freed:
         raise AssertionError(f"{before - count_params(pruned)} parameters went, the blocks hold {freed}")
@@ -246,6 +248,17 @@ def _round_trip(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
 
 def _depgraph(pruned: nn.Module, inputs: Any) -> None:
     dependency_graph(pruned, inputs)
+
+
+def _width(model: nn.Module, blocks: Blocks, inputs: Any) -> None:
+    """Half of the blocks and 0.3 of the channels inside the others go, and come back from a file."""
+    narrowed = copy.deepcopy(model)
+    gone = blocks[::2]
+    remove_blocks(narrowed, [b.name for b in gone], kinds=[b.kind for b in gone], outputs=[b.outputs for b in gone])
+    cuts = choose_cuts(narrowed, find_blocks(narrowed, inputs), inputs, 0.3)
+    narrow(narrowed, cuts, inputs)
+    _same_shapes(model, narrowed, inputs)
+    _round_trip(model, narrowed, inputs)
 
 
 def _compile(pruned: nn.Module, inputs: Any) -> None:

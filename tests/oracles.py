@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import networkx as nx
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from modprune.budget import Budget, Candidate
 from modprune.graph import FeatureGraph
@@ -57,3 +58,10 @@ def best_set(candidates: list[Candidate], budget: Budget, macs: int, params: int
             if best is None or key < best[0]:
                 best = key, chosen
     return None if best is None else tuple(candidates[i].name for i in best[1])
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    """All that a visit could change, comparable by `==`."""
+    modules = [(m.training, list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()]
+    tensors = [(k, t.clone().view(-1).tolist()) for k, t in model.state_dict(keep_vars=False).items()]
+    return [modules, tensors, [p.requires_grad for p in model.parameters()], torch.get_rng_state().tolist()]

@@ -22,6 +22,7 @@ from torch import nn
 
 from benchmarks._env import RESULTS, write_result
 from modprune import PruningPlan, Report, compare, load_weights, save
+from modprune._memory import keep_freed_memory
 from modprune.checkpoints import states
 from modprune.data import ImageData, ImageLoader, cifar10
 from modprune.finetune import Recipe
@@ -33,11 +34,12 @@ FLOPS, PARAMS, SEED, BATCH, PAD = 0.60, 0.425, 0, 128, 4
 
 def main(data_dir: Path, weights: Path, out: Path, epochs: int, now: bool) -> None:
     """Run, and write benchmarks/results/resnet56-cifar10.json, the network, its plan and its curve."""
+    keep_freed_memory()
     recipe = Recipe(epochs=epochs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_weights(resnet56(), weights).to(device)
     train, test = cifar10(data_dir, train=True), cifar10(data_dir, train=False)
-    options = {"flops": FLOPS, "params": PARAMS, "batch_size": BATCH, "pad": PAD, "seed": SEED}
+    options: dict[str, Any] = {"flops": FLOPS, "params": PARAMS, "batch_size": BATCH, "pad": PAD, "seed": SEED}
     if now:
         report, history = report_on_newest(network, train, test, out, options)
     else:

@@ -212,6 +212,9 @@ def evaluate(
 
 def main() -> None:
     """The `modprune` command: 2 for wrong usage, 1 for every other error, one line each."""
+    from modprune._memory import keep_freed_memory
+
+    keep_freed_memory()
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:

@@ -77,7 +77,7 @@ class Report:
             rows.append((label, f"{a.macs[name] / 1e6:,.3f} M", f"{b.macs[name] / 1e6:,.3f} M", _percent(removed)))
         for batch, x in a.seconds.items():
             y = b.seconds[batch]
-            rows.append((f"Time, batch {batch}", f"{1e3 * x:.2f} ms", f"{1e3 * y:.2f} ms", f"{x / y:.2f}x faster"))
+            rows.append((f"Time, batch {batch}", f"{1e3 * x:.2f} ms", f"{1e3 * y:.2f} ms", f"{x / y:.2f}x as fast"))
         return rows
 
     def notes(self) -> list[str]:

@@ -67,7 +67,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if not isinstance(narrowed, list) or not all(isinstance(name, str) for name in narrowed):
         raise ValueError(f"{path}: its header is damaged: get it anew")
     if model is None:
-        model = _build(path, header["cifar_resnet"])
+        model = _build(path, header["cifar_resnet"], most=len(tensors) + len(plan.remove))
         model.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), None))
     trial = copy.deepcopy(model)
     for candidate in (trial, model):  # all that can fail fails on the trial, before the caller's model is touched
@@ -215,12 +215,15 @@ def _shape_of(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def _build(path: str | Path, shape: Any) -> nn.Module:
+def _build(path: str | Path, shape: Any, most: int) -> nn.Module:
+    """A built-in network of at most `most` blocks: a forged header shall not cost more than the file is long."""
     if shape is None:
         raise ValueError(f"{path}: not of a network that modprune has built in: give the unpruned model to load into")
     try:
         blocks, sizes = shape["blocks"], (shape["num_classes"], shape["in_channels"])
         if len(blocks) != 3 or not all(type(n) is int and 1 <= n <= 1000 for n in (*blocks, *sizes)):
+            raise ValueError
+        if sum(blocks) > most:
             raise ValueError
         return CifarResNet(tuple(blocks), *sizes)
     except (KeyError, TypeError, ValueError):

@@ -63,7 +63,15 @@ def test_a_built_in_network_keeps_its_precision(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"format": "1"}, {"format": 0}, {"plan": []}, {"cifar_resnet": {"blocks": [3, 3], "num_classes": 7}}]
+    "change",
+    [
+        {"format": "1"},
+        {"format": 0},
+        {"plan": []},
+        {"cifar_resnet": {"blocks": [3, 3], "num_classes": 7}},
+        {"cifar_resnet": {"blocks": [900, 900, 900], "num_classes": 7, "in_channels": 3}},
+        {"narrowed": [1]},
+    ],
 )
 def test_a_damaged_header(saved, change):
     _, path = saved

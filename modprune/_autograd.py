@@ -207,16 +207,16 @@ def _unscaled(node: Any) -> tuple[int, ...]:
 
 def last_sum(end: Any) -> list[Any]:
     """The two operands of the sum that ends a computation, but for activations and changes of layout; else none."""
-    while is_any(end, ACTIVATIONS + LAYOUT) and (before := end.next_functions[0][0]) is not None:
-        end = before
-    operands = [node for node, _ in end.next_functions if node is not None]
+    while is_any(end, ACTIVATIONS + LAYOUT) and end.next_functions[0][0] is not None:
+        end = end.next_functions[0][0]
+    operands: list[Any] = [node for node, _ in end.next_functions if node is not None]
     return operands if is_any(end, SUMS) and _unscaled(end) == (0, 1) and len(operands) == 2 else []
 
 
 def users(output: Any) -> dict[Any, set[Any]]:
     """For every autograd node behind a model's output, the nodes that use its value."""
     found: dict[Any, set[Any]] = {}
-    stack = [tensor.grad_fn for tensor in differentiable_tensors(output)]
+    stack: list[Any] = [tensor.grad_fn for tensor in differentiable_tensors(output)]
     seen = set(stack)
     while stack:
         node = stack.pop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,14 +32,19 @@ class PassThrough(nn.Module):
     Args:
         outputs: length of the tuple that the block gave, of which the first item was its output; 0 for no tuple.
         kind: of the block that stood here, "identity" or "plain".
+        block: the block itself. Its plain attributes (numbers, texts) and those of its sub-modules stay readable, since
+            some networks steer by them, as by `layers[0].self_attn.batch_first`.
 
     >>> PassThrough()("x", "mask"), PassThrough(outputs=2)(hidden="x")
     ('x', ('x', None))
     """
 
-    def __init__(self, outputs: int = 0, kind: str = "identity") -> None:
+    def __init__(self, outputs: int = 0, kind: str = "identity", block: nn.Module | None = None) -> None:
         super().__init__()
         self.outputs, self.kind = outputs, kind
+        for name, value in ({} if block is None else _notes(block)).items():
+            if not hasattr(self, name):
+                setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The first argument itself, not a copy, in the form that the block gave."""
@@ -46,6 +52,12 @@ class PassThrough(nn.Module):
         if not self.outputs or isinstance(x, tuple):
             return x
         return (x, *[None] * (self.outputs - 1))
+
+
+def _notes(module: nn.Module) -> dict[str, Any]:
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str, type(None)))}
+    inside = {name: SimpleNamespace(**_notes(child)) for name, child in module.named_children()}
+    return {name: value for name, value in (plain | inside).items() if not name.startswith("_")}
 
 
 class Copy(nn.Module):

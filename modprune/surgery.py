@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from modprune._autograd import first_line
 from modprune._depgraph import dependency_graph
-from modprune._inputs import call, device_of, evaluating, to_device
+from modprune._inputs import batch_size, call, device_of, evaluating, to_device
 from modprune.blocks import Block, activation_after, check_bare, find_blocks, norm_after
 from modprune.bypass import MARK, Copy, PassThrough, shortcut_only, traced_kind, traced_outputs
 from modprune.cost import count_params
@@ -39,17 +39,17 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) 
     """
     blocks = {"kinds": plan.kinds, "outputs": plan.outputs, "example_inputs": example_inputs}
     if not plan.width:
-        return remove_blocks(model, plan.remove, **blocks)  # type: ignore[arg-type]
+        return remove_blocks(model, plan.remove, **blocks)
     if example_inputs is None:
         raise ValueError("the plan cuts channels too: give example_inputs, which torch-pruning traces the model with")
     before = _output_shapes(model, example_inputs)
-    trial = remove_blocks(copy.deepcopy(model), plan.remove, **blocks)  # type: ignore[arg-type]
+    trial = remove_blocks(copy.deepcopy(model), plan.remove, **blocks)
     count = count_params(trial)
     narrow(trial, plan.width, example_inputs)  # what can fail fails on the trial
     problem = _problem(trial, example_inputs, before, count - 1)
     if problem:
         raise RuntimeError(f"cutting channels failed: {problem}; the model is as it was")
-    remove_blocks(model, plan.remove, **blocks)  # type: ignore[arg-type]
+    remove_blocks(model, plan.remove, **blocks)
     narrow(model, plan.width, example_inputs)
     return model
 
@@ -160,10 +160,17 @@ def _problem(model: nn.Module, example_inputs: Any, before: list[tuple[int, ...]
         after = _output_shapes(model, example_inputs)
     except Exception as error:
         return first_line(error)
-    if before != after:
+    if not _alike(before, after, batch_size(example_inputs)):
         return f"the output had shape {before}, now {after}"
     count = count_params(model)
     return "" if count <= most else f"{count:,} parameters are left where {most:,} at most were expected"
+
+
+def _alike(before: list[tuple[int, ...]], after: list[tuple[int, ...]], batch: int) -> bool:
+    """Whether shapes are the same, but for how many things were found: a detector finds as many as it finds."""
+    pairs = list(zip(before, after, strict=False))
+    same = len(before) == len(after) and all(len(a) == len(b) and a[1:] == b[1:] for a, b in pairs)
+    return same and all(a[:1] == b[:1] or a[0] != batch for a, b in pairs)
 
 
 def _culprit(
@@ -197,7 +204,7 @@ def _stand_ins(model: nn.Module, name: str, kind: str, outputs: int) -> dict[str
     """What takes the place of a block and, of a plain unit, of the norm and activation after it; by name."""
     block = model.get_submodule(name)
     if kind == "identity":
-        return {name: PassThrough(outputs).train(block.training)}
+        return {name: PassThrough(outputs, block=block).train(block.training)}
     if kind == "transition":
         try:
             return {name: shortcut_only(block)}
@@ -207,7 +214,7 @@ def _stand_ins(model: nn.Module, name: str, kind: str, outputs: int) -> dict[str
     if kind != "plain" or norm is None:
         raise ValueError(f"{name}: cannot be removed as a block of kind {kind!r}; find_blocks lists what can")
     activation = activation_after(model, norm)
-    new = {name: PassThrough(kind="plain"), norm: nn.Identity() if activation else Copy()}
+    new = {name: PassThrough(kind="plain", block=block), norm: nn.Identity() if activation else Copy()}
     if activation:
         new[activation] = nn.Identity()
     return {part: module.train(model.get_submodule(part).training) for part, module in new.items()}

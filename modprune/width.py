@@ -85,7 +85,7 @@ def resize(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]
     """
     known = dict(model.named_modules())
     for name in names:
-        layer = known.get(name)
+        layer: Any = known.get(name)
         if not (isinstance(layer, _BatchNorm) or _mixes(layer) or _is_depthwise(layer)):
             raise ValueError(f"{name}: no layer of this network that can be narrower")
         for key, old in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:

@@ -118,7 +118,7 @@ class Peeking(nn.Module):
 @pytest.mark.parametrize(
     ("peek", "problem"),
     [
-        (lambda net, y: y * net.layer2[1].conv1.in_channels, "removing net.layer2.1 failed: .*no attribute 'conv1'"),
+        (lambda net, y: y * net.layer2[1].conv1.weight.sum(), "removing net.layer2.1 failed: .*no attribute 'weight'"),
         (lambda net, y: y[:, : 2 + len(list(net.layer2[1].children()))], r"removing net.layer2.1 failed: .*had shape"),
     ],
 )
@@ -129,6 +129,38 @@ def test_a_failed_proof_puts_the_blocks_back_and_names_the_one_at_fault(peek, pr
         remove_blocks(model, ["net.layer1.0", "net.layer2.1", "net.layer3.1"], example_inputs=X)
     assert list(model.modules()) == modules
     assert torch.equal(model(X), before)
+
+
+def test_a_network_that_steers_by_attributes_of_its_layers():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 5, 16)
+    blocks = find_blocks(model, x)
+    assert blocks.names == ("layers.0", "layers.1", "layers.2")
+    assert {block.exact for block in blocks} == {False}  # post-norm
+    expected = model.layers[2](x)
+    remove_blocks(model, ["layers.0", "layers.1"], example_inputs=x)
+    torch.testing.assert_close(model(x), expected)
+
+
+class Detector(nn.Module):
+    """Gives back as many rows as it finds."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.net, self.batch_first = resnet20(), batch_first
+
+    def forward(self, x):
+        y = self.net(x)
+        found = y[: 1 + len(list(self.net.layer1[1].children()))]  # fewer once that block is gone
+        return found if self.batch_first else [{"boxes": found.repeat(3, 1), "kind": y}]
+
+
+def test_what_a_detector_finds_may_change_in_number_but_not_the_batch():
+    x = X.repeat(3, 1, 1, 1)
+    remove_blocks(Detector(False).eval(), ["net.layer1.1"], example_inputs=x)
+    with pytest.raises(RuntimeError, match="the output had shape"):
+        remove_blocks(Detector(True).eval(), ["net.layer1.1"], example_inputs=x)
 
 
 def test_parameters_that_do_not_fall_as_they_should_are_a_failure(monkeypatch):

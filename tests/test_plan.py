@@ -17,17 +17,18 @@ numbers = st.dictionaries(st.text(max_size=8), st.floats(allow_nan=False, allow_
 @settings(max_examples=80, deadline=None)
 @given(
     names, st.sampled_from(["identity", "transition", "plain", None]), st.none() | st.integers(0, 100),
+    st.lists(st.tuples(st.text(min_size=1, max_size=9), st.lists(st.integers(), max_size=3).map(tuple)), max_size=3),
     st.text(max_size=9), numbers, numbers,
 )  # fmt: skip
-def test_json_round_trip(remove, kind, output, criterion, scores, freed):
+def test_json_round_trip(remove, kind, output, width, criterion, scores, freed):
     kinds = (kind,) * len(remove) if kind else ()
     outputs = (output,) * len(remove) if output is not None else ()
-    plan = PruningPlan(tuple(remove), kinds, outputs, criterion, scores, freed)
+    plan = PruningPlan(tuple(remove), kinds, outputs, tuple(width), criterion, scores, freed)
     assert PruningPlan.from_json(plan.to_json()) == plan
 
 
 leaves = st.none() | st.booleans() | st.floats() | st.text(max_size=5)
-fields = st.sampled_from(["remove", "kinds", "outputs", "scores", "freed", "format", "criterion", "x"])
+fields = st.sampled_from(["remove", "kinds", "outputs", "width", "scores", "freed", "format", "criterion", "x"])
 anything = st.recursive(leaves, lambda x: st.lists(x, max_size=3) | st.dictionaries(fields, x, max_size=6))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +66,7 @@ class Call:
         x, start: the first tensor that went in, and where it stands in autograd's graph.
         end, shape: the same of the first tensor that came out; `end` is None if it depends on nothing.
         form: "" if a tensor or a tuple came out, else the type's name.
-        outputs: length of the tuple that came out; 0 for none.
+        outputs: for each item of the tuple that came out, the argument that it is like by position; -1 for none.
         times: how often the module was called.
     """
 
@@ -79,7 +79,7 @@ class Call:
     end: Edge | None = None
     shape: torch.Size | None = None
     form: str = ""
-    outputs: int = 0
+    outputs: tuple[int, ...] = ()
     times: int = 1
 
     @property
@@ -110,7 +110,7 @@ def record_calls(model: nn.Module, inputs: Any) -> tuple[dict[str, Call], Any]:
         y = first_tensor(out)
         if name in calls and y is not None and calls[name].end is None:
             seen = calls[name]
-            seen.end, seen.outputs = edge(y), len(out) if isinstance(out, tuple) else 0
+            seen.end, seen.outputs = edge(y), _sources(out, [*seen.args, *seen.kwargs.values()])
             seen.shape, seen.form = y.shape, "" if isinstance(out, (Tensor, tuple)) else type(out).__name__
 
     hooks = []
@@ -127,6 +127,24 @@ def record_calls(model: nn.Module, inputs: Any) -> tuple[dict[str, Call], Any]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _sources(out: Any, arguments: list[Any]) -> tuple[int, ...]:
+    """For each item of a tuple the first argument, not yet taken, that is like it; -1 for none. Empty if no tuple."""
+    sources: list[int] = []
+    for item in out if isinstance(out, tuple) else ():
+        likes = (i for i, argument in enumerate(arguments) if i not in sources and _is_like(item, argument))
+        sources.append(next(likes, -1))
+    return tuple(sources)
+
+
+def _is_like(item: Any, argument: Any) -> bool:
+    """Whether both are tensors of one shape and type, or equal numbers, texts or lists of these."""
+    if isinstance(item, Tensor) or isinstance(argument, Tensor):
+        return isinstance(argument, type(item)) and item.shape == argument.shape and item.dtype == argument.dtype
+    if isinstance(item, (list, tuple)) and isinstance(argument, (list, tuple)):  # sizes come as both
+        return first_tensor((item, argument)) is None and list(item) == list(argument)
+    return isinstance(item, (int, float, str)) and isinstance(argument, type(item)) and item == argument
 
 
 class _SumsOutOfPlace(TorchFunctionMode):
@@ -172,10 +190,15 @@ def parameters(nodes: set[Any]) -> list[Tensor]:
     return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
-def identity_path(end: Edge, start: Edge) -> str:
+def identity_path(end: Edge, start: Edge, without: Collection[Any] = ()) -> str:
     """What is added to `start` on a path to `end` of sums, activations and changes of layout alone.
 
     A norm may follow a sum (post-norm, as in BERT), but not stand before the first one: that would be `norm(x) + f`.
+
+    Args:
+        end: the value to start from.
+        start: the value to arrive at.
+        without: autograd nodes of sums that do not count.
 
     Returns:
         "branch" if it is learned and made from `start`, "other" if it is learned but not from `start`, "" if neither.
@@ -189,14 +212,14 @@ def identity_path(end: Edge, start: Edge) -> str:
         if step in seen or here[0] in (None, start[0]) or not is_any(here[0], silent):
             continue
         seen.add(step)
-        operands = here[0].next_functions
+        inputs = here[0].next_functions
         if not is_any(here[0], SUMS):
-            stack.append((operands[0], added, normed or is_any(here[0], NORMS)))
+            stack.append((inputs[0], added, normed or is_any(here[0], NORMS)))
             continue
         for i in _unscaled(here[0]):
-            sides = [between(node, start) for j, (node, _) in enumerate(operands) if j != i and node is not None]
-            gains = [1 + (start[0] in side) for side in sides if parameters(side)]
-            stack.append((operands[i], max([added, *gains]), normed and not gains))
+            sides = [between(node, start) for j, (node, _) in enumerate(inputs) if j != i and node is not None]
+            gains = [1 + (start[0] in side) for side in sides if here[0] not in without and parameters(side)]
+            stack.append((inputs[i], max([added, *gains]), normed and not gains))
     return ("", "other", "branch")[best]
 
 
@@ -205,12 +228,16 @@ def _unscaled(node: Any) -> tuple[int, ...]:
     return (0, 1) if is_any(node, ("AddBackward",)) and getattr(node, "_saved_alpha", 1) == 1 else (0,)
 
 
-def last_sum(end: Any) -> list[Any]:
-    """The two operands of the sum that ends a computation, but for activations and changes of layout; else none."""
+def last_sum(end: Any) -> Any:
+    """The node of the unscaled sum of two values that ends a computation, but for activations and changes of layout."""
     while is_any(end, ACTIVATIONS + LAYOUT) and end.next_functions[0][0] is not None:
         end = end.next_functions[0][0]
-    operands: list[Any] = [node for node, _ in end.next_functions if node is not None]
-    return operands if is_any(end, SUMS) and _unscaled(end) == (0, 1) and len(operands) == 2 else []
+    return end if is_any(end, SUMS) and _unscaled(end) == (0, 1) and len(operands(end)) == 2 else None
+
+
+def operands(node: Any) -> list[Any]:
+    """The nodes whose values go into a node."""
+    return [before for before, _ in node.next_functions if before is not None]
 
 
 def users(output: Any) -> dict[Any, set[Any]]:

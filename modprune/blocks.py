@@ -21,6 +21,7 @@ from modprune._autograd import (
     identity_path,
     is_any,
     last_sum,
+    operands,
     parameters,
     record_calls,
     traceable,
@@ -44,7 +45,8 @@ class Block:
         layers: qualified names of the layers that go with it, in the order of `model.named_modules()`.
         exact: whether the block with all parameters zero gave its input back bit for bit, the proof that the
             shortcut is the identity; False for other kinds and where an activation follows that alters its input.
-        outputs: length of the tuple that it gives back, the block's output first; 0 for a tensor alone.
+        outputs: for each item of the tuple that it gives back, which of its arguments stands in once it is gone, by
+            position; -1 for None. Empty for a tensor alone.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Block:
     macs: int
     layers: tuple[str, ...]
     exact: bool = True
-    outputs: int = 0
+    outputs: tuple[int, ...] = ()
 
 
 class Blocks(tuple[Block, ...]):
@@ -157,7 +159,7 @@ def _residual(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> tuple[_Found
         if not seen.composite or not all(other in found for other in inner):
             continue
         kind = _kind(seen)
-        if not kind or (inner and not (kind == "identity" and _is_more_than(seen, [calls[n] for n in inner]))):
+        if not kind or (inner and not _is_more_than(seen, kind, [calls[n] for n in inner])):
             continue
         try:
             if reason := _obstacle(seen, uses):
@@ -172,13 +174,22 @@ def _residual(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> tuple[_Found
     return {name: found[name] for name in calls if name in found}, refused
 
 
-def _is_more_than(outer: Call, inner: Sequence[Call]) -> bool:
-    """Whether a block with blocks in it is one of its own: at least a quarter of its parameters lie outside of them.
+def _is_more_than(outer: Call, kind: str, inner: Sequence[Call]) -> bool:
+    """Whether a block with blocks in it is one of its own: it adds something itself, and a quarter of its parameters.
 
-    A stage has none outside of its blocks. A layer of BERT has its MLP beside its attention, the one block in it.
+    A stage adds nothing to its blocks. A layer of BERT adds an MLP to its attention, the one block in it.
     """
-    inside = sum(p.numel() for call in inner for p in call.module.parameters())
-    return 3 * sum(p.numel() for p in outer.module.parameters()) >= 4 * inside
+    assert outer.end is not None
+    inside: set[Any] = set()
+    for call in inner:
+        assert call.end is not None
+        inside |= between(call.end[0], call.start) - {call.start[0]}
+    if kind == "transition":
+        adds = last_sum(outer.end[0]) not in inside
+    else:
+        adds = identity_path(outer.end, outer.start, without=inside) == "branch"
+    theirs = sum(p.numel() for call in inner for p in call.module.parameters())
+    return adds and 3 * sum(p.numel() for p in outer.module.parameters()) >= 4 * theirs
 
 
 def _kind(seen: Call) -> str:
@@ -188,7 +199,8 @@ def _kind(seen: Call) -> str:
     path = identity_path(seen.end, seen.start) if seen.shape == seen.x.shape else ""
     if path == "branch" or (path == "other" and _is_fed(seen)):
         return "identity"
-    sides = [between(operand, seen.start) for operand in last_sum(seen.end[0])]
+    total = last_sum(seen.end[0])
+    sides = [] if total is None else [between(operand, seen.start) for operand in operands(total)]
     if not sides or any(seen.start[0] not in side for side in sides):
         return ""
     one, other = ({id(parameter) for parameter in parameters(side)} for side in sides)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -30,28 +30,29 @@ class PassThrough(nn.Module):
     """Gives its first argument back and ignores the others.
 
     Args:
-        outputs: length of the tuple that the block gave, of which the first item was its output; 0 for no tuple.
+        outputs: for each item of the tuple that the block gave, which argument stands in, by position; -1 for None.
+            Empty if the block gave no tuple.
         kind: of the block that stood here, "identity" or "plain".
         block: the block itself. Its plain attributes (numbers, texts) and those of its sub-modules stay readable, since
             some networks steer by them, as by `layers[0].self_attn.batch_first`.
 
-    >>> PassThrough()("x", "mask"), PassThrough(outputs=2)(hidden="x")
+    >>> PassThrough()("x", "mask"), PassThrough(outputs=(0, -1))(hidden="x")
     ('x', ('x', None))
     """
 
-    def __init__(self, outputs: int = 0, kind: str = "identity", block: nn.Module | None = None) -> None:
+    def __init__(self, outputs: Sequence[int] = (), kind: str = "identity", block: nn.Module | None = None) -> None:
         super().__init__()
-        self.outputs, self.kind = outputs, kind
+        self.outputs, self.kind = tuple(outputs), kind
         for name, value in ({} if block is None else _notes(block)).items():
             if not hasattr(self, name):
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The first argument itself, not a copy, in the form that the block gave."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        if not self.outputs or isinstance(x, tuple):
-            return x
-        return (x, *[None] * (self.outputs - 1))
+        given = [*args, *kwargs.values()]
+        if not self.outputs or isinstance(given[0], tuple):
+            return given[0]
+        return tuple(given[i] if 0 <= i < len(given) else None for i in self.outputs)
 
 
 def _notes(module: nn.Module) -> dict[str, Any]:
@@ -130,13 +131,16 @@ def traced_kind(block: nn.Module) -> str:
     return next(filter(None, kinds), "")
 
 
-def traced_outputs(block: nn.Module) -> int:
-    """Length of the tuple that a block gives back, by torch.fx; 0 for a tensor alone or if that cannot be told."""
+def traced_outputs(block: nn.Module) -> tuple[int, ...]:
+    """The form of what a block gives back, as `PassThrough` takes it, by torch.fx; empty if that cannot be told."""
     try:
-        value = _traces(block)[0].graph.output_node().args[0]
+        graph = _traces(block)[0].graph
     except ValueError:
-        return 0  # most blocks that torch.fx cannot trace give a tensor; with example inputs there is no guess
-    return len(value) if isinstance(value, tuple) else 0
+        return ()  # most blocks that torch.fx cannot trace give a tensor; with example inputs there is no guess
+    value, arguments = graph.output_node().args[0], list(graph.find_nodes(op="placeholder"))
+    if not isinstance(value, tuple):
+        return ()
+    return 0, *(arguments.index(item) if item in arguments else -1 for item in value[1:])
 
 
 class _Shallow(fx.Tracer):

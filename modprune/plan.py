@@ -25,7 +25,7 @@ class PruningPlan:
     Attributes:
         remove: names of blocks, in forward order.
         kinds: the kind of each, "identity", "transition" or "plain"; empty in a plan written by hand, then found out.
-        outputs: length of the tuple that each gave back, 0 for a tensor alone; empty as `kinds`.
+        outputs: the form of what each gave back, see `modprune.Block.outputs`; empty as `kinds`.
         width: layers by name with the output channels that go from them once the blocks are gone.
         criterion: what scored the blocks.
         scores: the score of every candidate: what is lost if it goes.
@@ -37,7 +37,7 @@ class PruningPlan:
 
     remove: tuple[str, ...]
     kinds: tuple[str, ...] = ()
-    outputs: tuple[int, ...] = ()
+    outputs: tuple[tuple[int, ...], ...] = ()
     width: tuple[tuple[str, tuple[int, ...]], ...] = ()
     criterion: str = ""
     scores: Mapping[str, float] = field(default_factory=dict, hash=False)
@@ -66,12 +66,17 @@ class PruningPlan:
             object.__setattr__(self, name, dict(value))  # a copy: what the caller does to theirs is not ours
 
     def _check_outputs(self) -> None:
-        value = self.outputs
-        if not isinstance(value, (tuple, list)) or not all(type(n) is int and 0 <= n <= 100 for n in value):
-            raise ValueError(f"a plan's 'outputs' is a tuple of lengths of tuples, not {value!r:.60}")
-        if value and len(value) != len(self.remove):
-            raise ValueError("a plan's 'outputs' gives a length for each block to remove, or nothing")
-        object.__setattr__(self, "outputs", tuple(value))
+        try:
+            outputs = tuple(tuple(positions) for positions in self.outputs)
+        except TypeError:
+            outputs = (("",),)
+        if not all(type(i) is int and -1 <= i < 100 and len(form) < 100 for form in outputs for i in form):
+            raise ValueError(
+                f"a plan's 'outputs' holds positions of arguments for each block, not {self.outputs!r:.60}"
+            )
+        if outputs and len(outputs) != len(self.remove):
+            raise ValueError("a plan's 'outputs' gives a form for each block to remove, or nothing")
+        object.__setattr__(self, "outputs", outputs)
 
     def _check_width(self) -> None:
         try:

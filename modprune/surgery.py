@@ -59,7 +59,7 @@ def remove_blocks(
     names: Sequence[str],
     *,
     kinds: Sequence[str] = (),
-    outputs: Sequence[int] = (),
+    outputs: Sequence[Sequence[int]] = (),
     example_inputs: Any = None,
 ) -> nn.Module:
     """Remove blocks in place: identity blocks become pass-throughs, of transition blocks the shortcut stays.
@@ -71,7 +71,7 @@ def remove_blocks(
         names: of the blocks.
         kinds: "identity", "transition" or "plain" for each; without `example_inputs` they are found out by tracing
             each block alone if empty.
-        outputs: length of the tuple that each gives back, 0 for a tensor alone; found out in the same way if empty.
+        outputs: the form of what each gives back, see `Block.outputs`; found out in the same way if empty.
         example_inputs: if given, `find_blocks` has the word on what can go and how, and the surgery is proven: outputs
             have the shapes they had and the parameters fell by what the blocks hold. A dependency graph is built; where
             torch-pruning cannot build one, a warning says so.
@@ -110,7 +110,7 @@ def removed_blocks(model: nn.Module) -> PruningPlan:
         if isinstance(module, PassThrough):
             removed[name] = module.kind, module.outputs
         elif isinstance(module, fx.GraphModule) and module.meta.get(MARK) == "transition":
-            removed[name] = "transition", 0
+            removed[name] = "transition", ()
     kinds, outputs = zip(*removed.values(), strict=True) if removed else ((), ())
     return PruningPlan(tuple(removed), kinds, outputs)
 
@@ -200,7 +200,7 @@ def _rebuild_graph(model: nn.Module, example_inputs: Any) -> None:
         warnings.warn(f"width pruning of the pruned model is not to be trusted: {error}", RuntimeWarning, stacklevel=3)
 
 
-def _stand_ins(model: nn.Module, name: str, kind: str, outputs: int) -> dict[str, nn.Module]:
+def _stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) -> dict[str, nn.Module]:
     """What takes the place of a block and, of a plain unit, of the norm and activation after it; by name."""
     block = model.get_submodule(name)
     if kind == "identity":

@@ -198,10 +198,10 @@ def test_parameters_shared_with_other_layers_do_not_go():
     assert [block.params for block in find_blocks(model, torch.randn(2, 4))] == [4]
 
 
-def test_blocks_that_return_tuples_say_how_long():
+def test_blocks_that_return_tuples_say_what_stands_in_for_each():
     class Pair(Residual):
-        def forward(self, x):
-            return super().forward(x), None
+        def forward(self, x, size, other):
+            return super().forward(x), [2, 2], x.sum(), other + 1, None
 
     class Model(Twice):
         def __init__(self) -> None:
@@ -209,9 +209,40 @@ def test_blocks_that_return_tuples_say_how_long():
             self.block = Pair(nn.Linear(4, 4))
 
         def forward(self, x):
-            return self.head(self.block(self.stem(x))[0])
+            x, size, _, other, _ = self.block(self.stem(x), (2, 2), other=x)
+            return self.head(x * size[0] + other)
 
-    assert [block.outputs for block in find_blocks(Model(), torch.randn(2, 4))] == [2]
+    assert [block.outputs for block in find_blocks(Model(), torch.randn(2, 4))] == [(0, 1, -1, 2, -1)]
+
+
+def test_small_blocks_inside_a_block_give_way_but_those_of_a_stage_do_not():
+    class Outer(Residual):
+        """A block of its own: a small one inside the branch or the shortcut."""
+
+        def __init__(self, head: nn.Module) -> None:
+            super().__init__(nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4)))
+            self.inner, self.head = Residual(nn.Linear(4, 4)), head
+
+        def forward(self, x):
+            x = self.inner(x)
+            return self.head(x) + self.body(x)
+
+    class Stage(nn.Module):
+        """Adds a large learned position to what its blocks make: nothing of its own to remove."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = nn.Parameter(torch.ones(50, 4))
+            self.blocks = nn.Sequential(Residual(nn.Linear(4, 4)), Residual(nn.Linear(4, 4)))
+
+        def forward(self, x):
+            return self.blocks(x + self.position.sum(0))
+
+    strided = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), Residual(nn.Linear(4, 4)))
+    model = nn.Sequential(Outer(nn.Identity()), Outer(nn.Linear(4, 4)), Stage(), strided, nn.Linear(4, 4))
+    found = {block.name: block.kind for block in find_blocks(model, torch.randn(2, 4))}
+    stages = {"2.blocks.0": "identity", "2.blocks.1": "identity", "3.3": "identity"}
+    assert found == {"0": "identity", "1": "transition", **stages}
 
 
 def test_plain_units_are_norm_and_convolution_by_the_name_of_the_convolution():

@@ -17,12 +17,13 @@ X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(
     ("outputs", "args", "kwargs", "expected"),
     [
-        (0, ("x",), {}, "x"),
-        (0, ("x", "mask"), {"cache": None}, "x"),
-        (0, (), {"hidden": "x", "mask": "m"}, "x"),
-        (1, ("x",), {}, ("x",)),
-        (3, ("x",), {"mask": "m"}, ("x", None, None)),
-        (2, (("x", "y"),), {}, ("x", "y")),
+        ((), ("x",), {}, "x"),
+        ((), ("x", "mask"), {"cache": None}, "x"),
+        ((), (), {"hidden": "x", "mask": "m"}, "x"),
+        ((0,), ("x",), {}, ("x",)),
+        ((0, -1, 5), ("x",), {"mask": "m"}, ("x", None, None)),
+        ((0, 1), ("x",), {"size": 7}, ("x", 7)),
+        ((0, 1), (("x", "y"),), {}, ("x", "y")),
     ],
 )
 def test_the_first_argument_comes_back_in_the_form_of_the_block(outputs, args, kwargs, expected):
@@ -114,8 +115,8 @@ def test_the_kind_is_read_off_the_block_alone(join, kind):
 
 
 def test_the_form_is_read_off_the_block_alone():
-    assert traced_outputs(Post(lambda m, x, f: (x + f, f))) == 2
-    assert traced_outputs(Post(lambda m, x, f: x + f)) == 0
+    assert traced_outputs(Post(lambda m, x, f: (x + f, f, x))) == (0, -1, 0)
+    assert traced_outputs(Post(lambda m, x, f: x + f)) == ()
 
 
 def test_what_cannot_be_traced_says_what_to_give():

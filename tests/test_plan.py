@@ -14,12 +14,14 @@ names = st.lists(st.text(min_size=1, max_size=12), unique=True, max_size=6)
 numbers = st.dictionaries(st.text(max_size=8), st.floats(allow_nan=False, allow_infinity=False), max_size=4)
 
 
+kinds = st.sampled_from(["identity", "transition", "plain", None])
+forms = st.none() | st.lists(st.integers(-1, 99), max_size=3).map(tuple)
+channels = st.lists(st.integers(), max_size=3).map(tuple)
+widths = st.lists(st.tuples(st.text(min_size=1, max_size=9), channels), max_size=3)
+
+
 @settings(max_examples=80, deadline=None)
-@given(
-    names, st.sampled_from(["identity", "transition", "plain", None]), st.none() | st.integers(0, 100),
-    st.lists(st.tuples(st.text(min_size=1, max_size=9), st.lists(st.integers(), max_size=3).map(tuple)), max_size=3),
-    st.text(max_size=9), numbers, numbers,
-)  # fmt: skip
+@given(names, kinds, forms, widths, st.text(max_size=9), numbers, numbers)
 def test_json_round_trip(remove, kind, output, width, criterion, scores, freed):
     kinds = (kind,) * len(remove) if kind else ()
     outputs = (output,) * len(remove) if output is not None else ()

@@ -167,7 +167,7 @@ def test_parameters_that_do_not_fall_as_they_should_are_a_failure(monkeypatch):
     model = network()
     monkeypatch.setattr(surgery, "_stand_ins", lambda model, name, *_: {name: copy.deepcopy(model.layer1[1])})
     with pytest.raises(RuntimeError, match=r"removing layer1.0 .*269,722 parameters are left where 265,050 at most"):
-        remove_blocks(model, ["layer1.0"], outputs=[0], example_inputs=X)
+        remove_blocks(model, ["layer1.0"], outputs=[()], example_inputs=X)
     assert not removed_blocks(model).remove
 
 
@@ -180,7 +180,7 @@ def test_plain_units():
     for example in (None, x):
         pruned = remove_blocks(copy.deepcopy(model), blocks.names[1:], example_inputs=example)
         assert count_params(model) - count_params(pruned) == 2 * (8 * 8 * 9 + 8 + 2 * 8)
-        assert removed_blocks(pruned) == PruningPlan(blocks.names[1:], ("plain", "plain"), (0, 0))
+        assert removed_blocks(pruned) == PruningPlan(blocks.names[1:], ("plain", "plain"), ((), ()))
         assert torch.equal(pruned.features(x), model.features[:10](x))
         assert not find_blocks(pruned, x).names[1:]
 

@@ -219,7 +219,7 @@ def identity_path(end: Edge, start: Edge, without: Collection[Any] = ()) -> str:
         for i in _unscaled(here[0]):
             sides = [between(node, start) for j, (node, _) in enumerate(inputs) if j != i and node is not None]
             gains = [1 + (start[0] in side) for side in sides if here[0] not in without and parameters(side)]
-            stack.append((inputs[i], max([added, *gains]), normed and not gains))
+            stack.append((inputs[i], max([added, *gains]), False))
     return ("", "other", "branch")[best]
 
 

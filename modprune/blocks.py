@@ -154,12 +154,11 @@ def _residual(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> tuple[_Found
     found: _Found = {}
     refused: dict[str, str] = {}
     for name in sorted(calls, key=lambda name: name.count("."), reverse=True):
-        seen = calls[name]
+        seen, kind = calls[name], _kind(calls[name])
         inner = [other for other in (*found, *refused) if other.startswith(name + ".")]
-        if not seen.composite or not all(other in found for other in inner):
-            continue
-        kind = _kind(seen)
-        if not kind or (inner and not _is_more_than(seen, kind, [calls[n] for n in inner])):
+        # On the path of an identity there are no transitions: those inside it are parts of its branch.
+        rivals = [other for other in inner if kind != "identity" or found.get(other, ("identity",))[0] == "identity"]
+        if not kind or not _is_more_than(seen, kind, [calls[n] for n in rivals]):
             continue
         try:
             if reason := _obstacle(seen, uses):
@@ -169,7 +168,7 @@ def _residual(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> tuple[_Found
             if not inner:
                 refused[name] = str(error)
             continue
-        found = {other: found[other] for other in found if other not in inner}
+        found, refused = ({n: of[n] for n in of if n not in inner} for of in (found, refused))
         found[name] = kind, {id(parameter) for parameter in kept}
     return {name: found[name] for name in calls if name in found}, refused
 
@@ -179,6 +178,8 @@ def _is_more_than(outer: Call, kind: str, inner: Sequence[Call]) -> bool:
 
     A stage adds nothing to its blocks. A layer of BERT adds an MLP to its attention, the one block in it.
     """
+    if not inner:
+        return True
     assert outer.end is not None
     inside: set[Any] = set()
     for call in inner:

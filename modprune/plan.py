@@ -67,7 +67,7 @@ class PruningPlan:
 
     def _check_outputs(self) -> None:
         try:
-            outputs = tuple(tuple(positions) for positions in self.outputs)
+            outputs: Any = tuple(tuple(positions) for positions in self.outputs)
         except TypeError:
             outputs = (("",),)
         if not all(type(i) is int and -1 <= i < 100 and len(form) < 100 for form in outputs for i in form):

@@ -238,11 +238,32 @@ def test_small_blocks_inside_a_block_give_way_but_those_of_a_stage_do_not():
         def forward(self, x):
             return self.blocks(x + self.position.sum(0))
 
+    class PostNorm(Residual):
+        """As a layer of BERT: the residual of the attention is inside a sub-module, that of the MLP is not."""
+
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)))
+            self.attention, self.norm = nn.Sequential(Residual(nn.Linear(4, 4)), nn.LayerNorm(4)), nn.LayerNorm(4)
+
+        def forward(self, x):
+            return self.norm(super().forward(self.attention(x)))
+
+    class Mixture(nn.Module):
+        """Two experts; their sum looks like a transition, but the layer around it is the block."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 99), nn.Linear(99, 4))
+
+        def forward(self, x):
+            return self.one(x) + self.other(x)
+
     strided = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), Residual(nn.Linear(4, 4)))
-    model = nn.Sequential(Outer(nn.Identity()), Outer(nn.Linear(4, 4)), Stage(), strided, nn.Linear(4, 4))
+    outer = Outer(nn.Identity()), Outer(nn.Linear(4, 4))
+    model = nn.Sequential(*outer, Stage(), strided, PostNorm(), Residual(Mixture()), nn.Linear(4, 4))
     found = {block.name: block.kind for block in find_blocks(model, torch.randn(2, 4))}
     stages = {"2.blocks.0": "identity", "2.blocks.1": "identity", "3.3": "identity"}
-    assert found == {"0": "identity", "1": "transition", **stages}
+    assert found == {"0": "identity", "1": "transition", **stages, "4": "identity", "5": "identity"}
 
 
 def test_plain_units_are_norm_and_convolution_by_the_name_of_the_convolution():

@@ -77,8 +77,9 @@ class Blocks(tuple[Block, ...]):
 def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
     """The removable blocks of a model in forward order, with what each costs; empty if it has none.
 
-    Residual blocks; where they lie in one another the inner ones, unless a quarter of the outer one lies outside of
-    them. Plain units where the model has no shortcut at all.
+    Residual blocks; where they lie in one another the inner ones, unless the outer one adds something itself that is
+    a quarter of its parameters. Plain units where the model has no shortcut at all.
+
     Two forward passes (one traced, one counted) and one more of every identity block, for the proof that the shortcut
     is the identity. The model is left as found.
 
@@ -154,7 +155,7 @@ def _residual(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> tuple[_Found
     found: _Found = {}
     refused: dict[str, str] = {}
     for name in sorted(calls, key=lambda name: name.count("."), reverse=True):
-        seen, kind = calls[name], _kind(calls[name])
+        seen, kind = calls[name], _kind(calls[name]) if calls[name].composite else ""
         inner = [other for other in (*found, *refused) if other.startswith(name + ".")]
         # On the path of an identity there are no transitions: those inside it are parts of its branch.
         rivals = [other for other in inner if kind != "identity" or found.get(other, ("identity",))[0] == "identity"]

@@ -25,7 +25,7 @@ from modprune import PruningPlan, Report, compare, load_weights, save
 from modprune._memory import keep_freed_memory
 from modprune.checkpoints import states
 from modprune.data import ImageData, ImageLoader, cifar10
-from modprune.finetune import Recipe
+from modprune.finetune import Recipe, warmup_cosine
 from modprune.job import VIEWS, prune_job
 from modprune.models import resnet56
 
@@ -64,6 +64,7 @@ def main(data_dir: Path, weights: Path, out: Path, epochs: int, now: bool) -> No
             "teacher": "the unpruned network",
         },
         "trained_epochs": len(history),
+        "epochs_on_another_schedule": epochs_on_another_schedule(history, recipe, len(train) // BATCH),
         "seed": SEED,
         "device": device,
         "history": history,
@@ -73,6 +74,15 @@ def main(data_dir: Path, weights: Path, out: Path, epochs: int, now: bool) -> No
     shutil.copyfile(out / "curve.png", RESULTS / "resnet56-cifar10-curve.png")
     plan.to_json(RESULTS / "resnet56-cifar10-plan.json")
     print(write_result("resnet56-cifar10", result))
+
+
+def epochs_on_another_schedule(history: list[dict[str, Any]], recipe: Recipe, steps: int) -> int:
+    """How many epochs had passed when the run was resumed with another number of epochs; 0 for one schedule."""
+    rates = [
+        recipe.lr * warmup_cosine(epoch["epoch"] * steps, recipe.warmup * steps, recipe.epochs * steps)
+        for epoch in history
+    ]
+    return max((e["epoch"] for e, rate in zip(history, rates, strict=True) if abs(e["lr"] - rate) > 1e-9), default=0)
 
 
 def report_on_newest(

@@ -99,7 +99,8 @@ def finetune(
         val_loader: Top-1 is measured on it after every epoch, for people to watch; nothing is chosen by it.
         teacher: a module that takes the same inputs, or a callable from a batch to logits such as `CachedTeacher`.
         checkpoints: a folder for the state after each epoch; only the newest is kept.
-        resume: go on from the newest state in `checkpoints`, to the result of an uninterrupted run.
+        resume: go on from the newest state in `checkpoints`, to the result of an uninterrupted run. With another
+            number of epochs, the rate goes on along the cosine of that number.
         progress: show a bar.
         recipe: the fields of `Recipe`: epochs, lr, momentum, weight_decay, warmup, distill, temperature.
 
@@ -179,7 +180,7 @@ class _Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         mine = asdict(self.recipe)
-        other = {name: value for name, value in state["recipe"].items() if value != mine.get(name)}
+        other = {n: value for n, value in state["recipe"].items() if n != "epochs" and value != mine.get(n)}
         if other:
             raise ValueError(f"the checkpoint is of a run with {other}, this one has other values: start a new folder")
         self.history[:] = [Epoch(**epoch) for epoch in state["history"]]

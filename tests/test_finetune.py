@@ -88,7 +88,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
     assert same(whole, resumed)
     assert [e.loss for e in again] == [e.loss for e in history]
     with pytest.raises(ValueError, match="of a run with"):
-        finetune(network(), loader(), epochs=9, checkpoints=tmp_path, resume=True, progress=False)
+        finetune(network(), loader(), epochs=4, lr=0.5, checkpoints=tmp_path, resume=True, progress=False)
+
+
+def test_a_run_resumed_with_other_epochs_goes_on_along_their_cosine(tmp_path):
+    first = finetune(network(), loader(), epochs=2, checkpoints=tmp_path, progress=False)
+    longer = finetune(network(), loader(), epochs=4, checkpoints=tmp_path, resume=True, progress=False)
+    assert longer[:2] == first
+    steps = len(loader())
+    expected = [0.1 * warmup_cosine(epoch * steps, steps, 4 * steps) for epoch in (3, 4)]
+    assert [epoch.lr for epoch in longer[2:]] == pytest.approx(expected)
 
 
 def test_a_cached_teacher_says_what_the_teacher_says_and_looks_once():

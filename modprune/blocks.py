@@ -169,7 +169,8 @@ def _residual(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> tuple[_Found
             if not inner:
                 refused[name] = str(error)
             continue
-        found, refused = ({n: of[n] for n in of if n not in inner} for of in (found, refused))
+        found = {n: found[n] for n in found if n not in inner}
+        refused = {n: refused[n] for n in refused if n not in inner}
         found[name] = kind, {id(parameter) for parameter in kept}
     return {name: found[name] for name in calls if name in found}, refused
 

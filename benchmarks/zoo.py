@@ -185,7 +185,7 @@ def check(entry: Entry, fast: bool) -> dict[str, Any]:
         "forward": lambda: _same_shapes(model, pruned, inputs),
         "gradients": lambda: _gradients(pruned, inputs),
         "round_trip": lambda: _round_trip(model, pruned, inputs),
-        "depgraph": lambda: _depgraph(pruned, inputs),
+        "depgraph": lambda: dependency_graph(pruned, inputs),
         "width": lambda: _width(model, blocks, inputs),
     }
     if not fast:
@@ -244,10 +244,6 @@ def _round_trip(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
     expected, got = _outputs(pruned, inputs), _outputs(loaded, inputs)
     if not all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)):
         raise AssertionError("the loaded network computes something else")
-
-
-def _depgraph(pruned: nn.Module, inputs: Any) -> None:
-    dependency_graph(pruned, inputs)
 
 
 def _width(model: nn.Module, blocks: Blocks, inputs: Any) -> None:

@@ -49,7 +49,10 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) 
     problem = _problem(trial, example_inputs, before, count - 1)
     if problem:
         raise RuntimeError(f"cutting channels failed: {problem}; the model is as it was")
-    remove_blocks(model, plan.remove, **blocks)
+    done = removed_blocks(trial)  # proven there: nothing has to be found or proven again
+    known = dict(zip(done.remove, zip(done.kinds, done.outputs, strict=True), strict=True))
+    kinds, outputs = [known[n][0] for n in plan.remove], [known[n][1] for n in plan.remove]
+    remove_blocks(model, plan.remove, kinds=kinds, outputs=outputs)
     narrow(model, plan.width, example_inputs)
     return model
 

@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks._env import write_result
-from modprune import find_blocks, load, save
+from benchmarks._env import RESULTS, write_result
+from modprune import ModularityPruner, find_blocks, load, modularity_curve, save
 from modprune._depgraph import dependency_graph
 from modprune._inputs import call
 from modprune.blocks import Blocks
 from modprune.cost import count_params
+from modprune.criteria import BlockScores
 from modprune.specs import build_model
 from modprune.surgery import remove_blocks
 from modprune.width import choose_cuts, narrow
@@ -163,38 +166,33 @@ ZOO = [
 def check(entry: Entry, fast: bool) -> dict[str, Any]:
     """One row of the table: counts, seconds, and of each step "ok" or what went wrong."""
     model, inputs = entry.build()
-    forward = _seconds(lambda: _outputs(model, inputs))
-    started = time.perf_counter()
     blocks = find_blocks(model, inputs)
-    find = time.perf_counter() - started
     kinds = Counter(block.kind for block in blocks)
     row: dict[str, Any] = {
         "network": entry.name,
         "expected": list(entry.expected),
         "found": [kinds["identity"], kinds["transition"], kinds["plain"]],
         "refused": blocks.refused,
-        "forward_seconds": forward,
-        "find_seconds": find,
+        "forward_seconds": _seconds(lambda: _outputs(model, inputs)),
+        "depgraph_seconds": _seconds(lambda: dependency_graph(model, inputs)),
+        "find_seconds": _seconds(lambda: find_blocks(model, inputs)),
         "removed": 0,
     }
     if not blocks:
         return row
     pruned = copy.deepcopy(model)
-    steps: dict[str, Callable[[], None]] = {
+    surgery: dict[str, Callable[[], None]] = {
         "surgery": lambda: _surgery(pruned, blocks, inputs),
         "forward": lambda: _same_shapes(model, pruned, inputs),
-        "gradients": lambda: _gradients(pruned, inputs),
         "round_trip": lambda: _round_trip(model, pruned, inputs),
-        "depgraph": lambda: dependency_graph(pruned, inputs),
         "width": lambda: _width(model, blocks, inputs),
+        "pruner": lambda: _pruner(model, inputs),
     }
-    if not fast:
-        steps |= {
-            "compile": lambda: _compile(pruned, inputs),
-            "export": lambda: _export(pruned, inputs),
-            "onnx": lambda: _onnx(pruned, inputs),
-        }
-    row |= {name: _verdict(step) for name, step in steps.items()}
+    row |= {name: _verdict(step) for name, step in surgery.items()}
+    for name, step in {**LATER, **({} if fast else EXPORTS)}.items():
+        row[name] = _verdict(lambda step=step: step(pruned, inputs))
+        if row[name] != "ok" and (before := _verdict(lambda step=step: step(model, inputs))) != "ok":
+            row[name] = f"unpruned too: {before}"
     return row | {"removed": len(blocks), "params_before": count_params(model), "params_after": count_params(pruned)}
 
 
@@ -257,6 +255,21 @@ def _width(model: nn.Module, blocks: Blocks, inputs: Any) -> None:
     _round_trip(model, narrowed, inputs)
 
 
+def _pruner(model: nn.Module, inputs: Any) -> None:
+    """The block of least gain in modularity over eight samples goes."""
+    labels = torch.arange(1 if isinstance(inputs, tuple) else 2)
+    batch = {**inputs, "labels": labels} if isinstance(inputs, dict) else (inputs, labels)
+    labelled = [batch] * (8 // len(labels))
+    shrinking = copy.deepcopy(model)
+    ModularityPruner(shrinking, inputs, labelled, criterion=_small_modularity, blocks=1).step()
+    _same_shapes(model, shrinking, inputs)
+
+
+def _small_modularity(model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+    curve = modularity_curve(model, loader, k=1, samples=8, repeats=1, blocks=blocks)
+    return BlockScores(blocks.names, np.diff(curve.q, axis=1), curve)
+
+
 def _compile(pruned: nn.Module, inputs: Any) -> None:
     torch.compiler.reset()
     _close(_outputs(torch.compile(pruned), inputs), _outputs(pruned, inputs))
@@ -281,6 +294,11 @@ def _onnx(pruned: nn.Module, inputs: Any) -> None:
     _close([torch.from_numpy(o) for o in outputs], _outputs(pruned, inputs), atol=1e-4)
 
 
+# What a pruned network is used for later, quick and slow; what the unpruned one cannot do either, is none of ours.
+LATER: dict[str, Callable[[nn.Module, Any], Any]] = {"gradients": _gradients, "depgraph": dependency_graph}
+EXPORTS: dict[str, Callable[[nn.Module, Any], None]] = {"compile": _compile, "export": _export, "onnx": _onnx}
+
+
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, dict):
         return (), inputs
@@ -299,26 +317,29 @@ def _close(got: list[Any], expected: list[torch.Tensor], atol: float = 1e-4) -> 
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    run()
-    started = time.perf_counter()
-    run()
+    """Of a second run: the first one warms up."""
+    for _ in range(2):
+        started = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run()
     return time.perf_counter() - started
 
 
 def main(names: list[str], fast: bool) -> None:
-    """Check the networks named, or all, and write benchmarks/results/zoo.json."""
-    rows = []
+    """Check the networks named, or all, and write benchmarks/results/zoo.json, which keeps the rows of the others."""
+    path = RESULTS / "zoo.json"
+    known = {row["network"]: row for row in json.loads(path.read_text())["networks"]} if names and path.exists() else {}
     for entry in ZOO:
         if not names or entry.name in names:
-            rows.append(check(entry, fast))
-            shown = {key: value for key, value in rows[-1].items() if not key.endswith("seconds")}
-            print(shown, flush=True)
-    if not names:
-        print(write_result("zoo", {"command": "python -m benchmarks.zoo" + " --fast" * fast, "networks": rows}))
+            known[entry.name] = check(entry, fast)
+            print(json.dumps(known[entry.name]), flush=True)
+            rows = [known[e.name] for e in ZOO if e.name in known]
+            write_result("zoo", {"command": "python -m benchmarks.zoo", "networks": rows})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="networks; all, and the JSON is written, if none are named")
+    parser.add_argument("names", nargs="*", help="networks to check anew; all if none are named")
     parser.add_argument("--fast", action="store_true", help="without torch.compile, torch.export and ONNX")
     main(**vars(parser.parse_args()))

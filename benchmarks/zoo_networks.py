@@ -11,11 +11,12 @@ import transformers
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 _TEXT = {**_SIZES, "vocab_size": 100}
 _DECODER = {**_TEXT, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+_GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": 100, "use_cache": False}
 _IMAGE: dict[str, Any] = {**_SIZES, "image_size": 32, "patch_size": 8}
 _PYRAMID = {"hidden_sizes": [16, 32], "depths": [2, 3]}
-_SWIN = {
+_SWIN: dict[str, Any] = {
     **{"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2]},
-    **{"window_size": 4},
+    "window_size": 4,
 }
 _SPEECH = {
     **_SIZES,
@@ -58,20 +59,7 @@ NETWORKS: dict[str, Network] = {
     "deit": (lambda: _auto("deit", _IMAGE), _images()),
     "beit": (lambda: _auto("beit", _IMAGE), _images()),
     "dinov2": (lambda: _auto("dinov2", _IMAGE), _images()),
-    "swin": (
-        lambda: _auto(
-            "swin",
-            {
-                "image_size": 32,
-                "patch_size": 2,
-                "embed_dim": 16,
-                "depths": [2, 2],
-                "num_heads": [2, 2],
-                "window_size": 4,
-            },
-        ),
-        _images(),
-    ),
+    "swin": (lambda: _auto("swin", _SWIN), _images()),
     "convnext": (lambda: _auto("convnext", {**_PYRAMID, "num_stages": 2}), _images()),
     "resnet": (lambda: _auto("resnet", {**_PYRAMID, "embedding_size": 16, "layer_type": "basic"}), _images()),
     "regnet": (lambda: _auto("regnet", {**_PYRAMID, "embedding_size": 16, "groups_width": 8}), _images()),
@@ -93,17 +81,17 @@ NETWORKS: dict[str, Network] = {
         _tokens(),
     ),
     "albert": (lambda: _auto("albert", {**_TEXT, "embedding_size": 16}), _tokens()),
-    "gpt2": (lambda: _auto("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": 100}), _tokens()),
-    "llama": (lambda: _auto("llama", _DECODER, "AutoModelForCausalLM"), _tokens()),
-    "qwen2": (lambda: _auto("qwen2", _DECODER), _tokens()),
-    "gemma2": (lambda: _auto("gemma2", {**_DECODER, "head_dim": 16}), _tokens()),
+    "gpt2": (lambda: _auto("gpt2", _GPT2), _tokens()),
+    "llama": (lambda: _auto("llama", _DECODER | {"use_cache": False}, "AutoModelForCausalLM"), _tokens()),
+    "qwen2": (lambda: _auto("qwen2", _DECODER), _tokens()),  # gives its cache back, as it comes
+    "gemma2": (lambda: _auto("gemma2", _DECODER | {"use_cache": False, "head_dim": 16}), _tokens()),
     "t5_encoder": (
         lambda: transformers.T5EncoderModel(
             transformers.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=3, num_heads=2, vocab_size=100)
         ),
         _tokens(),
     ),
-    "bart": (lambda: _auto("bart", {**_SEQ2SEQ, "max_position_embeddings": 64}), _tokens()),
+    "bart": (lambda: _auto("bart", _SEQ2SEQ | {"use_cache": False, "max_position_embeddings": 64}), _tokens()),
     "whisper_encoder": (
         lambda: _auto("whisper", _WHISPER).encoder,
         _sound((2, 8, 100), "input_features"),

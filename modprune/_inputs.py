@@ -75,22 +75,40 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
 
 
 def batch_size(inputs: Any) -> int:
-    """How many samples `inputs` holds, read off the first tensor's first dimension."""
+    """How many samples `inputs` holds: the first tensor's first dimension, or the length of a list of tensors.
+
+    Detectors take such a list of images of several sizes as their first argument.
+    """
+    arguments = list(inputs.values()) if isinstance(inputs, dict) else inputs
+    if isinstance(arguments, (tuple, list)) and arguments and _is_list_of_tensors(arguments[0]):
+        return len(arguments[0])
     tensor = first_tensor(inputs)
     if tensor is None or tensor.ndim == 0:
         raise ValueError("the inputs hold no tensor with a batch dimension")
     return tensor.shape[0]
 
 
-def take(value: Any, start: int, stop: int) -> Any:
-    """Samples `start` to `stop` of inputs: every tensor with a batch dimension is cut."""
+def take(inputs: Any, start: int, stop: int) -> Any:
+    """Samples `start` to `stop` of inputs: every tensor with a batch dimension, and every list of tensors, is cut."""
+    if isinstance(inputs, (tuple, list)):  # these are arguments, even if all are tensors
+        return type(inputs)(_cut(item, start, stop) for item in inputs)
+    return _cut(inputs, start, stop)
+
+
+def _cut(value: Any, start: int, stop: int) -> Any:
     if isinstance(value, Tensor):
         return value[start:stop] if value.ndim else value
+    if _is_list_of_tensors(value):
+        return value[start:stop]
     if isinstance(value, dict):
-        return {key: take(item, start, stop) for key, item in value.items()}
+        return {key: _cut(item, start, stop) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(take(item, start, stop) for item in value)
+        return type(value)(_cut(item, start, stop) for item in value)
     return value
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
 
 
 @contextmanager

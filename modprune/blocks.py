@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from modprune._autograd import (
     ACTIVATIONS,
@@ -29,7 +30,7 @@ from modprune._autograd import (
 )
 from modprune._inputs import device_of, first_tensor, to_device
 from modprune.bypass import shortcut_only
-from modprune.cost import macs_by_module
+from modprune.cost import counted_macs
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
     Residual blocks; where they lie in one another the inner ones, unless the outer one adds something itself that is
     a quarter of its parameters. Plain units where the model has no shortcut at all.
 
-    Two forward passes (one traced, one counted) and one more of every identity block, for the proof that the shortcut
-    is the identity. The model is left as found.
+    One forward pass, traced and counted, and one more of every identity block, for the proof that the shortcut is the
+    identity. The model is left as found.
 
     Args:
         model: any bare module; on any device.
@@ -99,13 +100,14 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
     check_bare(model)
     with traceable(model):
         inputs = to_device(example_inputs, device_of(model))
-        calls, output = record_calls(model, inputs)
+        with counted_macs(model, inputs) as macs:
+            calls, output = record_calls(model, inputs)
         uses = users(output)
         found, refused = _residual(calls, uses)
         if not found and not refused:
             found = _plain(model, calls, uses)
-        macs = macs_by_module(model, inputs) if found else {}
-        blocks = [_describe(model, calls[name], kind, stays, macs) for name, (kind, stays) in found.items()]
+        own = {name: list(module.parameters(recurse=False)) for name, module in model.named_modules()}
+        blocks = [_describe(model, calls[name], kind, stays, own, macs) for name, (kind, stays) in found.items()]
     return Blocks(blocks, refused)
 
 
@@ -248,39 +250,34 @@ def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) 
     return found
 
 
-def _describe(model: nn.Module, seen: Call, kind: str, stays: set[int], macs: dict[str, int]) -> Block:
+def _describe(
+    model: nn.Module, seen: Call, kind: str, stays: set[int], own: dict[str, list[nn.Parameter]], macs: dict[str, int]
+) -> Block:
     roots = [seen.name, norm_after(model, seen.name)] if kind == "plain" else [seen.name]
-    inside = {n: m for n, m in model.named_modules() if any(n == r or n.startswith(f"{r}.") for r in roots)}
-    own = {name: list(module.parameters(recurse=False)) for name, module in inside.items()}
-    shared = {id(p) for n, m in model.named_modules() if n not in inside for p in m.parameters(recurse=False)}
-    going = {id(p): p.numel() for ps in own.values() for p in ps if id(p) not in stays | shared}
-    staying = {name for name, ps in own.items() if any(id(p) in stays for p in ps)}
-    alone = {
-        name: macs[name] - sum(macs[f"{name}.{child}"] for child, _ in inside[name].named_children())
-        for name in staying
-    }
-    layers = tuple(name for name, ps in own.items() if ps and name not in staying)
+    inside = {name: ps for name, ps in own.items() if any(name == r or name.startswith(f"{r}.") for r in roots)}
+    shared = {id(p) for name, ps in own.items() if name not in inside for p in ps}
+    going = {id(p): p.numel() for ps in inside.values() for p in ps if id(p) not in stays | shared}
+    staying = {name for name, ps in inside.items() if any(id(p) in stays for p in ps)}
+    alone = sum(macs[name] - sum(macs[child] for child in _children(model, name)) for name in staying)
+    layers = tuple(name for name, ps in inside.items() if ps and name not in staying)
     exact = kind == "identity" and _gives_input_back(seen)
-    freed = macs[seen.name] - sum(alone.values())
-    return Block(seen.name, kind, sum(going.values()), freed, layers, exact, seen.outputs)
+    return Block(seen.name, kind, sum(going.values()), macs[seen.name] - alone, layers, exact, seen.outputs)
+
+
+def _children(model: nn.Module, name: str) -> list[str]:
+    return [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
 
 
 def _gives_input_back(seen: Call) -> bool:
     """Whether the block with all its parameters zero returns its input bit for bit."""
-    saved = [(parameter, parameter.detach().clone()) for parameter in seen.module.parameters()]
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in seen.module.named_parameters()}
     args, kwargs = _replace_first(seen.args, seen.kwargs, seen.x.clone())
     try:
         with torch.no_grad():
-            for parameter, _ in saved:
-                parameter.zero_()
-            y = first_tensor(seen.module(*args, **kwargs))
-            return y is not None and torch.equal(y, seen.x)
+            y = first_tensor(functional_call(seen.module, zeros, args, kwargs))
+        return y is not None and torch.equal(y, seen.x)
     except Exception:  # a cache among the arguments has grown since, and does not fit a second time
         return False
-    finally:
-        with torch.no_grad():
-            for parameter, value in saved:
-                parameter.copy_(value)
 
 
 def _replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -134,7 +134,7 @@ def traced_kind(block: nn.Module) -> str:
 def traced_outputs(block: nn.Module) -> tuple[int, ...]:
     """The form of what a block gives back, as `PassThrough` takes it, by torch.fx; empty if that cannot be told."""
     try:
-        graph = _traces(block)[0].graph
+        graph = next(_traces(block)).graph
     except ValueError:
         return ()  # most blocks that torch.fx cannot trace give a tensor; with example inputs there is no guess
     value, arguments = graph.output_node().args[0], list(graph.find_nodes(op="placeholder"))
@@ -150,17 +150,18 @@ class _Shallow(fx.Tracer):
         return True
 
 
-def _traces(block: nn.Module) -> list[fx.GraphModule]:
-    """The block traced with its sub-modules as they are and, where it can be, down to torch's own layers."""
-    traces, problem = [], ""
+def _traces(block: nn.Module) -> Iterator[fx.GraphModule]:
+    """The block traced with its sub-modules as they are, then, where it can be, down to torch's own layers."""
+    problems = []
     for tracer in (_Shallow(), fx.Tracer()):
         try:
-            traces.append(fx.GraphModule(block, tracer.trace(block)))
+            traced = fx.GraphModule(block, tracer.trace(block))
         except Exception as error:
-            problem = problem or first_line(error)
-    if not traces:
-        raise ValueError(f"torch.fx cannot trace it ({problem:.80})")
-    return traces
+            problems.append(first_line(error))
+        else:
+            yield traced
+    if len(problems) == 2:
+        raise ValueError(f"torch.fx cannot trace it ({problems[0]:.80})")
 
 
 def _has_identity_path(traced: fx.GraphModule) -> bool:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from modprune._inputs import batch_size, call, device_of, evaluating, to_device
 
@@ -47,25 +48,50 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     A module that calls itself by several names has its MACs under the first; one never called has 0.
     """
     inputs = to_device(example_inputs, device_of(model))
-    counter = FlopCounterMode(display=False)
-    with evaluating(model), _frozen(model), _plain_attention(), torch.no_grad(), counter:
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model), counted_macs(model, inputs) as macs:
         call(model, inputs)
-    samples, root = batch_size(inputs), type(model).__name__
-    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    names = {name: f"{root}.{name}" if name else root for name, _ in model.named_modules()}
-    macs = {name: flops.get(full, 0) // (2 * samples) for name, full in names.items()}
-    return macs | {"": counter.get_total_flops() // (2 * samples)}
+    return macs
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """No parameter asks for gradients: FlopCounterMode fails where one is handed from module to module."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
+    """`macs_by_module` of the one forward pass that is made inside; filled when the context ends."""
+    counter, macs = _Flops(), dict.fromkeys((name for name, _ in model.named_modules()), 0)
+
+    def change(name: str, sign: int) -> None:
+        macs[name] += sign * counter.total
+
+    hooks: list[Any] = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: change(name, -1)))
+        hooks.append(module.register_forward_hook(lambda *_, name=name: change(name, 1)))
     try:
-        yield model.requires_grad_(False)
+        with _plain_attention(), counter:
+            yield macs
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for hook in hooks:
+            hook.remove()
+    samples = batch_size(inputs)
+    for name in macs:
+        macs[name] //= 2 * samples
+
+
+class _Flops(TorchDispatchMode):
+    """Floating-point operations so far, by torch's own formulas.
+
+    `FlopCounterMode` has the same but tracks modules in a way that fails where a parameter is handed from one to
+    another with gradients on.
+    """
+
+    supports_higher_order_operators = True
+    total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(getattr(function, "_overloadpacket", None))
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def macs_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, int]:

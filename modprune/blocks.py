@@ -29,7 +29,8 @@ from modprune._autograd import (
     users,
 )
 from modprune._inputs import device_of, first_tensor, to_device
-from modprune.bypass import shortcut_only
+from modprune._trace import shortcut_only
+from modprune.bypass import norm_after
 from modprune.cost import counted_macs
 
 
@@ -117,35 +118,6 @@ def check_bare(model: nn.Module) -> None:
         raise ValueError(f"the model is wrapped in {type(model).__name__}: pass model.module, then wrap it anew")
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError("the model is compiled: pass the module as it was before, then compile it anew")
-
-
-def norm_after(model: nn.Module, name: str) -> str | None:
-    """The norm of the plain unit with convolution `name`: the next child of the same parent; None if it is no unit.
-
-    The convolution has as many channels out as in, one group and a kernel above 1x1; the norm a scale for each.
-    """
-    weight = getattr(model.get_submodule(name), "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim < 3 or weight.shape[0] != weight.shape[1]:
-        return None
-    norm = _next_child(model, name)
-    if weight[0, 0].numel() == 1 or norm is None:
-        return None
-    scales = {tuple(p.shape) for p in model.get_submodule(norm).parameters()}
-    return norm if scales == {(len(weight),)} else None
-
-
-def activation_after(model: nn.Module, norm: str) -> str | None:
-    """The activation of torch that is the next child after a norm; None if the next is anything else."""
-    name = _next_child(model, norm)
-    following = type(model.get_submodule(name)) if name else nn.Module
-    return name if following.__module__ == nn.ReLU.__module__ else None
-
-
-def _next_child(model: nn.Module, name: str) -> str | None:
-    parent, _, own = name.rpartition(".")
-    children = [key for key, _ in model.get_submodule(parent).named_children()]
-    following = children[children.index(own) + 1 :][:1]
-    return f"{parent}.{following[0]}".lstrip(".") if following else None
 
 
 # The kind of a block and the parameters of it that stay, by id: those of a transition's shortcut.

@@ -1,29 +1,15 @@
-"""What stands in a block's place: a pass-through, or the block's own shortcut alone."""
+"""What stands in a block's place: a pass-through, or the block's own shortcut alone; for good or for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from modprune._autograd import first_line
-
-MARK = "modprune"
-# What a shortcut may pass through in a traced block; the autograd names in `_autograd` say the same of a run one.
-_SUMS = ("add", "iadd", "add_")
-_SILENT = (
-    *("relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "softplus"),
-    *("view", "reshape", "flatten", "permute", "transpose", "swapaxes", "contiguous", "roll"),
-    *("squeeze", "unsqueeze", "to", "dropout", "stochastic_depth"),
-)
-_SILENT_LAYERS = (
-    *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus),
-    *(nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten),
-)
+from modprune._trace import shortcut_only
 
 
 class PassThrough(nn.Module):
@@ -73,164 +59,86 @@ class Copy(nn.Module):
         return x.clone()
 
 
+def stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) -> dict[str, nn.Module]:
+    """What takes the place of a block and, of a plain unit, of the norm and activation after it; by name."""
+    block = model.get_submodule(name)
+    if kind == "identity":
+        return {name: PassThrough(outputs, block=block).train(block.training)}
+    if kind == "transition":
+        try:
+            return {name: shortcut_only(block)}
+        except ValueError as error:
+            raise ValueError(f"{name}: cannot be removed: {error}") from None
+    norm = norm_after(model, name)
+    if kind != "plain" or norm is None:
+        raise ValueError(f"{name}: cannot be removed as a block of kind {kind!r}; find_blocks lists what can")
+    activation = activation_after(model, norm)
+    new = {name: PassThrough(kind="plain", block=block), norm: nn.Identity() if activation else Copy()}
+    if activation:
+        new[activation] = nn.Identity()
+    return {part: module.train(model.get_submodule(part).training) for part, module in new.items()}
+
+
+def swap(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put modules in others' places, by name; gives back those that stood there."""
+    originals = {name: model.get_submodule(name) for name in new}
+    for name, module in new.items():
+        model.set_submodule(name, module)
+    return originals
+
+
 @contextmanager
-def bypassed(model: nn.Module, name: str, stand_in: nn.Module | None = None) -> Iterator[nn.Module]:
-    """The model with `stand_in` (a `PassThrough` if None) in a block's place; the block is put back after it.
+def bypassed(model: nn.Module, name: str, kind: str = "identity", outputs: Sequence[int] = ()) -> Iterator[nn.Module]:
+    """The model without a block, as surgery would leave it; the block is back in its place afterwards.
+
+    Args:
+        model: changed in place meanwhile.
+        name, kind, outputs: of a `Block`.
 
     Raises:
-        ValueError: if the model has no such module.
+        ValueError: if the model has no such module, or it cannot go.
 
-    >>> model = nn.Sequential(nn.ReLU(), nn.Sigmoid())
-    >>> with bypassed(model, "1"):
-    ...     print(model(nn.Parameter().new_tensor([-1.0, 2.0])))
-    tensor([0., 2.])
-    >>> model[1]
-    Sigmoid()
+    >>> from modprune.models import resnet20
+    >>> model = resnet20()
+    >>> with bypassed(model, "layer1.0"):
+    ...     print(type(model.layer1[0]).__name__)
+    PassThrough
+    >>> print(type(model.layer1[0]).__name__)
+    BasicBlock
     """
     if not name or name not in dict(model.named_modules()):
         raise ValueError(f"{name!r}: {type(model).__name__} has no such module; see model.named_modules()")
-    block = model.get_submodule(name)
-    stand_in = PassThrough() if stand_in is None else stand_in
-    model.set_submodule(name, stand_in.train(block.training))
+    originals = swap(model, stand_ins(model, name, kind, outputs))
     try:
         yield model
     finally:
-        model.set_submodule(name, block)
+        swap(model, originals)
 
 
-def shortcut_only(block: nn.Module) -> fx.GraphModule:
-    """The block with its sum replaced by the cheaper operand and all that no longer counts left out.
+def norm_after(model: nn.Module, name: str) -> str | None:
+    """The norm of the plain unit with convolution `name`: the next child of the same parent; None if it is no unit.
 
-    Raises:
-        ValueError: if torch.fx cannot trace the block or it does not end in a sum of two values made from its input.
+    The convolution has as many channels out as in, one group and a kernel above 1x1; the norm a scale for each.
     """
-    for traced in _traces(block):
-        total, sides = _last_sum(traced)
-        if total is None:
-            continue
-        total.replace_all_uses_with(min(sides, key=lambda side: _params_behind(side, traced)))
-        traced.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target is not torch._assert)
-        kept = fx.GraphModule(traced, traced.graph, class_name=type(block).__name__)  # copies what the graph names
-        for inner, module in kept.named_modules():
-            module.training = block.get_submodule(inner).training
-        kept.meta[MARK] = "transition"
-        return kept
-    raise ValueError("its output is not shortcut(x) + branch(x)")
+    weight = getattr(model.get_submodule(name), "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 3 or weight.shape[0] != weight.shape[1]:
+        return None
+    norm = _next_child(model, name)
+    if weight[0, 0].numel() == 1 or norm is None:
+        return None
+    scales = {tuple(p.shape) for p in model.get_submodule(norm).parameters()}
+    return norm if scales == {(len(weight),)} else None
 
 
-def traced_kind(block: nn.Module) -> str:
-    """What kind a block is, by torch.fx from it alone: "identity", "transition", or "" if neither.
-
-    Raises:
-        ValueError: if torch.fx cannot trace the block.
-    """
-    kinds = [
-        "identity" if _has_identity_path(traced) else "transition" if _last_sum(traced)[0] is not None else ""
-        for traced in _traces(block)
-    ]
-    return next(filter(None, kinds), "")
+def activation_after(model: nn.Module, norm: str) -> str | None:
+    """The activation of torch that is the next child after a norm; None if the next is anything else."""
+    name = _next_child(model, norm)
+    following = type(model.get_submodule(name)) if name else nn.Module
+    return name if following.__module__ == nn.ReLU.__module__ else None
 
 
-def traced_outputs(block: nn.Module) -> tuple[int, ...]:
-    """The form of what a block gives back, as `PassThrough` takes it, by torch.fx; empty if that cannot be told."""
-    try:
-        graph = next(_traces(block)).graph
-    except ValueError:
-        return ()  # most blocks that torch.fx cannot trace give a tensor; with example inputs there is no guess
-    value, arguments = graph.output_node().args[0], list(graph.find_nodes(op="placeholder"))
-    if not isinstance(value, tuple):
-        return ()
-    return 0, *(arguments.index(item) if item in arguments else -1 for item in value[1:])
-
-
-class _Shallow(fx.Tracer):
-    """Looks into the block alone: what its sub-modules do inside is theirs, and often cannot be traced."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _traces(block: nn.Module) -> Iterator[fx.GraphModule]:
-    """The block traced with its sub-modules as they are, then, where it can be, down to torch's own layers."""
-    problems = []
-    for tracer in (_Shallow(), fx.Tracer()):
-        try:
-            traced = fx.GraphModule(block, tracer.trace(block))
-        except Exception as error:
-            problems.append(first_line(error))
-        else:
-            yield traced
-    if len(problems) == 2:
-        raise ValueError(f"torch.fx cannot trace it ({problems[0]:.80})")
-
-
-def _has_identity_path(traced: fx.GraphModule) -> bool:
-    """Whether the output is the input plus something learned, but for activations and changes of layout."""
-    x, seen, stack = _input(traced), set(), [(_output(traced), False)]
-    while stack:
-        node, added = stack.pop()
-        if node is x and added:
-            return True
-        if (node, added) in seen:
-            continue
-        seen.add((node, added))
-        sides = _operands(node)
-        for i, side in enumerate(sides):
-            other = sides[1 - i]
-            stack.append((side, added or (x in _behind(other) and _params_behind(other, traced) > 0)))
-        if _is_silent(node, traced):
-            stack.append((node.all_input_nodes[0], added))
-    return False
-
-
-def _last_sum(traced: fx.GraphModule) -> tuple[fx.Node | None, list[fx.Node]]:
-    """The sum that ends the block, but for activations and changes of layout, and its operands, both made from x."""
-    node = _output(traced)
-    while _is_silent(node, traced):
-        node = node.all_input_nodes[0]
-    sides = _operands(node)
-    return (node, sides) if sides and all(_input(traced) in _behind(side) for side in sides) else (None, [])
-
-
-def _input(traced: fx.GraphModule) -> fx.Node:
-    return next(node for node in traced.graph.nodes if node.op == "placeholder")
-
-
-def _output(traced: fx.GraphModule) -> fx.Node:
-    return traced.graph.output_node().all_input_nodes[0]
-
-
-def _operation(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """The two operands of a sum; none for anything else."""
-    if node.op not in ("call_function", "call_method") or _operation(node) not in _SUMS or "alpha" in node.kwargs:
-        return []
-    sides = [side for side in node.args if isinstance(side, fx.Node)]
-    return sides if len(sides) == 2 else []
-
-
-def _is_silent(node: fx.Node, traced: fx.GraphModule) -> bool:
-    if node.op == "call_module":
-        module = traced.get_submodule(str(node.target))
-        return all(isinstance(m, _SILENT_LAYERS) for m in (module if isinstance(module, nn.Sequential) else [module]))
-    return node.op in ("call_function", "call_method") and _operation(node) in _SILENT
-
-
-def _behind(node: fx.Node) -> set[fx.Node]:
-    """The node and all that it is made from."""
-    seen, stack = {node}, [node]
-    while stack:
-        new = set(stack.pop().all_input_nodes) - seen
-        seen |= new
-        stack += new
-    return seen
-
-
-def _params_behind(node: fx.Node, traced: fx.GraphModule) -> int:
-    named = dict(traced.named_parameters(remove_duplicate=False))
-    used = [str(n.target) for n in _behind(node) if n.op in ("call_module", "get_attr")]
-    ids = {id(p): p.numel() for key, p in named.items() if any(key == u or key.startswith(u + ".") for u in used)}
-    return sum(ids.values())
+def _next_child(model: nn.Module, name: str) -> str | None:
+    parent, _, own = name.rpartition(".")
+    children = [key for key, _ in model.get_submodule(parent).named_children()]
+    following = children[children.index(own) + 1 :][:1]
+    return f"{parent}.{following[0]}".lstrip(".") if following else None

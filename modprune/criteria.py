@@ -1,21 +1,28 @@
 """What is lost if a block goes: a score per block, by name or by a callable of one's own.
 
-A criterion is a callable `(model, blocks, loader) -> BlockScores`.
+A criterion is a callable `(model, blocks, loader) -> BlockScores` that leaves the model as found. Its one meaning: the
+higher the score, the more is lost if the block goes. Those here are small frozen dataclasses with their constants as
+fields: `Modularity(samples=200)`; by name they come with their defaults.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modprune._autograd import traceable
+from modprune._inputs import call, device_of, first_tensor, split_batch, take, to_device
 from modprune.blocks import Blocks
-from modprune.curve import ModularityCurve, modularity_curve
-from modprune.features import pairs
+from modprune.bypass import bypassed
+from modprune.curve import ModularityCurve, modularity_curve, points
+from modprune.evaluate import evaluate
+from modprune.features import draw, pairs, pooled
 
 
 @dataclass(frozen=True)
@@ -41,19 +48,252 @@ class BlockScores:
 Criterion = Callable[[nn.Module, Blocks, Iterable[Any]], BlockScores]
 
 
-def modularity(model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
-    """The gain of each block: Q after it minus Q before it (Lu et al., ECCV 2022, section 5), with its defaults."""
-    curve = modularity_curve(model, loader, blocks=blocks)
-    return BlockScores(blocks.names, np.diff(curve.q, axis=1), curve)
+@dataclass(frozen=True)
+class Modularity:
+    """The gain of each block: Q after it minus Q before it.
+
+    Lu et al., "Understanding the Dynamics of DNNs Using Graph Modularity" (ECCV 2022), section 5, with its defaults.
+    """
+
+    k: int = 3
+    samples: int = 500
+    repeats: int = 5
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+        """(repeats, blocks): each repeat from samples of its own."""
+        curve = modularity_curve(model, loader, self.k, self.samples, self.repeats, blocks=blocks)
+        return BlockScores(blocks.names, np.diff(curve.q, axis=1), curve)
 
 
-def block_influence(model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
-    """1 - cosine of what goes into a block and what comes out, over 500 samples; needs no labels.
+@dataclass(frozen=True)
+class LinearProbe:
+    """Accuracy, from 0 to 1, that logistic regression on globally pooled features gains across the block.
+
+    Fitted on the first half of the samples and measured on the second. After Chen and Zhao, "Shallowing Deep Networks:
+    Layer-wise Pruning based on Feature Representations" (TPAMI 2018).
+    """
+
+    samples: int = 1000
+    repeats: int = 3
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+        """(repeats, blocks): each repeat from samples of its own."""
+        return _along_points(model, blocks, loader, self.samples, self.repeats, _logistic)
+
+
+@dataclass(frozen=True)
+class Dbp:
+    """As `LinearProbe`, with a linear classifier by least squares (ridge) in place of logistic regression.
+
+    After Wang et al., "DBP: Discrimination Based Block-Level Pruning for Deep Model Acceleration" (2019), who train the
+    linear classifier of each block by SGD on all the data.
+    """
+
+    samples: int = 1000
+    repeats: int = 3
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+        """(repeats, blocks): each repeat from samples of its own."""
+        return _along_points(model, blocks, loader, self.samples, self.repeats, _least_squares)
+
+
+@dataclass(frozen=True)
+class BlockInfluence:
+    """1 - cosine of what goes into a block and what comes out; needs no labels.
 
     Each sample is flattened; a repeat is a batch. Blocks that change the shape have nothing to compare and score 1.
     Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect" (2024), section 3.
     """
-    return BlockScores(blocks.names, np.array(pairs(model, blocks.names, loader, 500, _turned)))
+
+    samples: int = 500
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+        """(batches, blocks)."""
+        return BlockScores(blocks.names, np.array(pairs(model, blocks.names, loader, self.samples, _turned)))
+
+
+@dataclass(frozen=True)
+class Cka:
+    """1 - linear CKA of what goes into a block and what comes out; needs no labels.
+
+    Each sample is flattened; a repeat is a batch of 4 samples at least, with the unbiased estimate that small batches
+    need. Kornblith et al., "Similarity of Neural Network Representations Revisited" (ICML 2019), section 3, and for the
+    estimate Nguyen et al., "Do Wide and Deep Networks Learn the Same Things?" (ICLR 2021), equation 3.
+    """
+
+    samples: int = 500
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+        """(batches, blocks)."""
+        values = pairs(model, blocks.names, loader, self.samples, lambda x, y: 1 - linear_cka(x, y))
+        return BlockScores(blocks.names, np.array(values))
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """How much the cross-entropy loss rises when the block is left out, and nothing is trained after it.
+
+    Veit et al., "Residual Networks Behave Like Ensembles of Relatively Shallow Networks" (NeurIPS 2016), section 4.1.
+    """
+
+    samples: int = 500
+    repeats: int = 1
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+        """(repeats, blocks): each repeat from samples of its own."""
+        values = []
+        for sample in draw(loader, self.samples, self.repeats):
+            whole, row = evaluate(model, sample).loss, []
+            for block in blocks:
+                with bypassed(model, block.name, block.kind, block.outputs):
+                    row.append(evaluate(model, sample).loss - whole)
+            values.append(row)
+        return BlockScores(blocks.names, np.array(values))
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """The square of the sum of gradient times weight over all weights of the block; a repeat is a batch.
+
+    The first-order estimate of how the loss changes if they are zero: Molchanov et al., "Importance Estimation for
+    Neural Network Pruning" (CVPR 2019), equation 8, with a block for the group.
+    """
+
+    samples: int = 500
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+        """(batches, blocks)."""
+        weights = [p for block in blocks for p in _weights(model, block.layers)]
+        owner = np.repeat(range(len(blocks)), [len(_weights(model, block.layers)) for block in blocks])
+        values = []
+        for inputs, labels in next(iter(draw(loader, self.samples, 1))):
+            with traceable(model):
+                logits = first_tensor(call(model, to_device(inputs, device_of(model))))
+                assert logits is not None
+                loss = F.cross_entropy(logits.float(), labels.to(logits.device))
+                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            terms = [
+                0.0 if g is None else float((g * w.detach()).sum()) for g, w in zip(gradients, weights, strict=True)
+            ]
+            values.append(np.bincount(owner, terms, len(blocks)) ** 2)
+        return BlockScores(blocks.names, np.array(values))
+
+
+@dataclass(frozen=True)
+class L1Norm:
+    """Mean L1 norm of the block's filters; needs no data.
+
+    Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017), section 3.1, averaged over the filters of a block.
+    """
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any] = ()) -> BlockScores:
+        """(1, blocks)."""
+        filters = [[p.detach() for p in _weights(model, block.layers) if p.ndim > 1] for block in blocks]
+        return _once(
+            blocks, [[float(p.abs().flatten(1).sum(1).mean()) for p in layers] for layers in filters], "weight"
+        )
+
+
+@dataclass(frozen=True)
+class BnScale:
+    """Mean absolute scale of the block's norms; needs no data.
+
+    Liu et al., "Learning Efficient Convolutional Networks through Network Slimming" (ICCV 2017), section 3, averaged
+    over the channels of a block.
+    """
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any] = ()) -> BlockScores:
+        """(1, blocks)."""
+        scales = [[p.detach() for p in map(model.get_parameter, _scales(model, block.layers))] for block in blocks]
+        return _once(blocks, [[float(scale.abs().mean()) for scale in own] for own in scales], "norm with a scale")
+
+
+@dataclass(frozen=True)
+class Random:
+    """Numbers from 0 to 1 that know nothing, the same for the same seed: what a criterion has to beat."""
+
+    seed: int = 0
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any] = ()) -> BlockScores:
+        """(1, blocks)."""
+        return BlockScores(blocks.names, np.random.default_rng(self.seed).random((1, len(blocks))))
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """Mean rank of the block, from 0 to 1, among all by several criteria, given by name or as callables.
+
+    After Mugnaini et al., "Layer Pruning with Consensus: A Triple-Win Solution" (2024), who join several similarities.
+    """
+
+    criteria: Sequence[str | Criterion] = ("modularity", "block_influence", "ablation")
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+        """(criteria, blocks): equal scores have equal ranks."""
+        ranks = []
+        for criterion in map(resolve, self.criteria):
+            _, rank = np.unique(criterion(model, blocks, loader).values.mean(0), return_inverse=True)
+            ranks.append(rank / max(1, rank.max()))
+        return BlockScores(blocks.names, np.array(ranks))
+
+
+CRITERIA: dict[str, Callable[[], Criterion]] = {
+    "modularity": Modularity,
+    "linear_probe": LinearProbe,
+    "dbp": Dbp,
+    "cka": Cka,
+    "block_influence": BlockInfluence,
+    "ablation": Ablation,
+    "taylor": Taylor,
+    "l1_norm": L1Norm,
+    "bn_scale": BnScale,
+    "consensus": Consensus,
+    "random": Random,
+}
+
+
+def resolve(criterion: str | Criterion) -> Criterion:
+    """The criterion of that name with its defaults; a callable is its own.
+
+    >>> resolve("random")
+    Random(seed=0)
+    """
+    if callable(criterion):
+        return criterion
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion {criterion!r} is unknown: give one of {', '.join(CRITERIA)}, or a callable")
+    return CRITERIA[criterion]()
+
+
+def name_of(criterion: Criterion) -> str:
+    """Its name among `CRITERIA`, or that of the function or class.
+
+    >>> name_of(L1Norm())
+    'l1_norm'
+    """
+    names = {made: name for name, made in CRITERIA.items()}
+    return names.get(type(criterion), getattr(criterion, "__name__", type(criterion).__name__))
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """Linear CKA of two layers' features of the same samples, unbiased; 1 for equal ones, about 0 for unrelated ones.
+
+    Args:
+        x, y: (N, ...) each; N at least 4.
+    """
+    if len(x) < 4:
+        raise ValueError(f"a batch of {len(x)} samples: CKA needs at least 4")
+    k, gram = ((rows := z.flatten(1).double()) @ rows.T for z in (x, y))
+    between, within = _hsic(k, gram), _hsic(k, k) * _hsic(gram, gram)
+    return between / within**0.5 if within > 0 else 0.0
+
+
+def _hsic(k: Tensor, gram: Tensor) -> float:
+    """The unbiased HSIC of two (N, N) Gram matrices: Song et al., JMLR 2012, equation 5."""
+    n = len(k)
+    k, gram = (g - torch.diag(g.diagonal()) for g in (k, gram))
+    trace, cross = (k * gram).sum(), k.sum(0) @ gram.sum(0)
+    return float(trace + k.sum() * gram.sum() / ((n - 1) * (n - 2)) - 2 * cross / (n - 2)) / (n * (n - 3))
 
 
 def _turned(x: Tensor, y: Tensor) -> float:
@@ -62,18 +302,61 @@ def _turned(x: Tensor, y: Tensor) -> float:
     return 1 - float(F.cosine_similarity(x.flatten(1).double(), y.flatten(1).double()).mean())
 
 
-CRITERIA: dict[str, Criterion] = {"modularity": modularity, "block_influence": block_influence}
+def _along_points(
+    model: nn.Module,
+    blocks: Blocks,
+    loader: Iterable[Any],
+    samples: int,
+    repeats: int,
+    accuracy: Callable[[np.ndarray, np.ndarray], float],
+) -> BlockScores:
+    """What `accuracy(features (N, C), labels (N,))` gains across each block."""
+    example = take(split_batch(next(iter(loader)))[0], 0, 1)
+    layers, values = points(model, blocks, example), []
+    for sample in draw(loader, samples, repeats):
+        labels = torch.cat([labels for _, labels in sample]).numpy()
+        features = pooled(model, layers, sample)
+        values.append([accuracy(features[layer].numpy(), labels) for layer in layers])
+    return BlockScores(blocks.names, np.diff(np.array(values), axis=1))
 
 
-def resolve(criterion: str | Criterion) -> Criterion:
-    """The criterion of that name; a callable is its own.
+def _logistic(features: np.ndarray, labels: np.ndarray) -> float:
+    from sklearn.linear_model import LogisticRegression
 
-    >>> resolve("magic")
-    Traceback (most recent call last):
-    ValueError: criterion 'magic' is unknown: give one of modularity, block_influence, or a callable
-    """
-    if callable(criterion):
-        return criterion
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion {criterion!r} is unknown: give one of {', '.join(CRITERIA)}, or a callable")
-    return CRITERIA[criterion]
+    return _held_out(LogisticRegression(max_iter=1000), features, labels)
+
+
+def _least_squares(features: np.ndarray, labels: np.ndarray) -> float:
+    from sklearn.linear_model import RidgeClassifier
+
+    return _held_out(RidgeClassifier(), features, labels)
+
+
+def _held_out(classifier: Any, features: np.ndarray, labels: np.ndarray) -> float:
+    """Accuracy on the second half of a classifier of standardised features that was fitted on the first half."""
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    half = len(labels) // 2
+    if len(set(labels[:half])) < 2:
+        raise ValueError(f"the first {half} samples are all of one class, so nothing can be fitted: shuffle the loader")
+    fitted = make_pipeline(StandardScaler(), classifier).fit(features[:half], labels[:half])
+    return float(fitted.score(features[half:], labels[half:]))
+
+
+def _weights(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
+    return [p for layer in layers for p in model.get_submodule(layer).parameters(recurse=False)]
+
+
+def _scales(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Names of the scales of norms: weights of one dimension."""
+    weights = {layer: getattr(model.get_submodule(layer), "weight", None) for layer in layers}
+    return [f"{layer}.weight" for layer, w in weights.items() if isinstance(w, nn.Parameter) and w.ndim == 1]
+
+
+def _once(blocks: Blocks, values: Sequence[Sequence[float]], what: str) -> BlockScores:
+    """The mean of each block's values; ValueError if one has none."""
+    for block, own in zip(blocks, values, strict=True):
+        if not own:
+            raise ValueError(f"block {block.name} has no {what}, so this criterion cannot score it: take another")
+    return BlockScores(blocks.names, np.array([[np.mean(own) for own in values]]))

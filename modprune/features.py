@@ -94,7 +94,7 @@ class LayerGrams:
         """How many values a sample has in each layer, from a pass of one sample."""
         columns: dict[str, int] = {}
         one = [(take(inputs, 0, 1), labels[:1]) for inputs, labels in sample[:1]]
-        self._run(one, self.layers, lambda layer, flat, _: columns.__setitem__(layer, flat.shape[1]))
+        visit(self.model, self.layers, one, lambda layer, x, _: columns.__setitem__(layer, x[0].numel()))
         return {layer: columns[layer] for layer in self.layers}
 
     def _collect(self, sample: Sample, slabs: Sequence[Slab], samples: int) -> dict[Slab, Tensor]:
@@ -106,45 +106,72 @@ class LayerGrams:
         parts = self._arena[: samples * sum(widths)].split([samples * width for width in widths])
         kept = {slab: part.view(samples, -1) for slab, part in zip(slabs, parts, strict=True)}
 
-        def keep(layer: str, flat: Tensor, row: int) -> None:
+        def keep(layer: str, tensor: Tensor, row: int) -> None:
+            flat = tensor.flatten(1)
             for slab, features in kept.items():
                 if slab.layer == layer:
                     features[row : row + len(flat)] = flat[:, slab.start : slab.stop]
 
-        self._run(sample, dict.fromkeys(slab.layer for slab in slabs), keep)
+        visit(self.model, dict.fromkeys(slab.layer for slab in slabs), sample, keep)
         return kept
 
-    def _run(self, sample: Sample, layers: Iterable[str], keep: Callable[[str, Tensor, int], None]) -> None:
-        """Forward all pieces; `keep(layer, features (B, M), row of the first)` at every layer."""
-        row, size, seen = 0, 0, dict.fromkeys(layers, 0)
 
-        def hook(layer: str, output: Any) -> None:
-            tensor = first_tensor(output)
-            if tensor is None or tensor.ndim < 2 or len(tensor) != size or not tensor.is_floating_point():
-                shape = None if tensor is None else tuple(tensor.shape)
-                raise ValueError(
-                    f"layer {layer}: output of shape {shape} has no row of features for each of {size} inputs"
-                )
-            seen[layer] += 1
-            keep(layer, tensor.flatten(1), row)
+def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str, Tensor]:
+    """For each layer the mean of its features over all positions: (N, channels) float32, on the CPU.
 
-        hooks = [
-            self.model.get_submodule(layer).register_forward_hook(lambda _, __, out, layer=layer: hook(layer, out))
-            for layer in seen
-        ]
-        try:
-            for inputs, labels in sample:
-                size = len(labels)
-                call(self.model, to_device(inputs, device_of(self.model)))
-                row += size
-        finally:
-            for handle in hooks:
-                handle.remove()
-        odd = [layer for layer, count in seen.items() if count != len(sample)]
-        if odd:
-            raise ValueError(
-                f"layer {odd[0]}: not called once in a forward pass, so it has no one feature; leave it out"
-            )
+    Channels are the second dimension; the last one where there are three (tokens), or where the layer's parameters are
+    of that size and not of the second one's (channels last, as in Swin).
+
+    Args:
+        model: run in eval mode without gradients, on its own device; left as found.
+        layers: names of sub-modules that are called once in a pass.
+        sample: what to run it on.
+    """
+    parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+
+    def keep(layer: str, features: Tensor, _: int) -> None:
+        sizes = {p.shape[0] for p in model.get_submodule(layer).parameters() if p.ndim}
+        last = features.ndim == 3 or (features.shape[-1] in sizes and features.shape[1] not in sizes)
+        if features.ndim > 2:
+            features = features.flatten(1, -2).mean(1) if last else features.flatten(2).mean(2)
+        parts[layer].append(features.float().cpu())
+
+    with evaluating(model), torch.no_grad():
+        visit(model, layers, sample, keep)
+    return {layer: torch.cat(rows) for layer, rows in parts.items()}
+
+
+def visit(model: nn.Module, layers: Iterable[str], sample: Sample, keep: Callable[[str, Tensor, int], None]) -> None:
+    """Forward all pieces of a sample; `keep(layer, features (B, ...), row of the first)` at every layer.
+
+    Raises:
+        ValueError: if a layer is not called once in a pass, or has no row of features for each sample.
+    """
+    row, size, seen = 0, 0, dict.fromkeys(layers, 0)
+
+    def hook(layer: str, output: Any) -> None:
+        tensor = first_tensor(output)
+        if tensor is None or tensor.ndim < 2 or len(tensor) != size or not tensor.is_floating_point():
+            shape = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"layer {layer}: output of shape {shape} has no row of features for each of {size} inputs")
+        seen[layer] += 1
+        keep(layer, tensor, row)
+
+    hooks = [
+        model.get_submodule(layer).register_forward_hook(lambda _, __, out, layer=layer: hook(layer, out))
+        for layer in seen
+    ]
+    try:
+        for inputs, labels in sample:
+            size = len(labels)
+            call(model, to_device(inputs, device_of(model)))
+            row += size
+    finally:
+        for handle in hooks:
+            handle.remove()
+    odd = [layer for layer, count in seen.items() if count != len(sample)]
+    if odd:
+        raise ValueError(f"layer {odd[0]}: not called once in a forward pass, so it has no one feature; leave it out")
 
 
 def pairs(
@@ -231,7 +258,7 @@ def _labelled(batch: Any) -> tuple[Any, Tensor]:
     if labels is None:
         raise ValueError(
             "the loader gives no labels, and modularity measures how labels part: "
-            "give (inputs, labels), or take the criterion 'block_influence', which needs none"
+            "give (inputs, labels), or take the criterion 'block_influence' or 'cka', which need none"
         )
     if labels.shape != (batch_size(inputs),):
         raise ValueError(f"labels of shape {tuple(labels.shape)} for {batch_size(inputs)} inputs: one each is needed")

@@ -13,7 +13,7 @@ from torch import nn
 from modprune.blocks import Block, Blocks, find_blocks
 from modprune.budget import Budget, Candidate, choose
 from modprune.cost import count_macs, count_params
-from modprune.criteria import BlockScores, Criterion, resolve
+from modprune.criteria import BlockScores, Criterion, name_of, resolve
 from modprune.plan import PruningPlan
 from modprune.width import choose_cuts, narrow
 
@@ -25,7 +25,7 @@ class ModularityPruner:
         model: a bare module, changed by `step` alone.
         example_inputs: a tensor, a tuple or a dict, as in torch-pruning.
         loader: calibration batches `(inputs, labels, ...)` or dicts with `labels`, from the training set.
-        criterion: "modularity", "block_influence" (which needs no labels) or a callable (see `modprune.criteria`).
+        criterion: a name ("modularity", "block_influence", "ablation", ...) or a callable, see `modprune.criteria`.
         flops, params: fractions of MACs and parameters to remove, at least.
         blocks: how many blocks to remove, exactly.
         width: fraction of the channels to cut afterwards from each layer inside the blocks that stay, by torch-pruning
@@ -106,7 +106,7 @@ class ModularityPruner:
         assert self.scores is not None
         plan = replace(
             _plan_for(whole, [name for name in whole if name in chosen]),
-            criterion=getattr(self.criterion, "__name__", type(self.criterion).__name__),
+            criterion=name_of(self.criterion),
             scores=self.scores.mean,
             freed={"flops": sum(c.macs for c in gone) / totals[0], "params": sum(c.params for c in gone) / totals[1]},
         )

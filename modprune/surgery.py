@@ -18,8 +18,9 @@ from torch import fx, nn
 from modprune._autograd import first_line
 from modprune._depgraph import dependency_graph
 from modprune._inputs import batch_size, call, device_of, evaluating, to_device
-from modprune.blocks import Block, activation_after, check_bare, find_blocks, norm_after
-from modprune.bypass import MARK, Copy, PassThrough, shortcut_only, traced_kind, traced_outputs
+from modprune._trace import MARK, traced_kind, traced_outputs
+from modprune.blocks import Block, check_bare, find_blocks
+from modprune.bypass import PassThrough, norm_after, stand_ins, swap
 from modprune.cost import count_params
 from modprune.plan import PruningPlan
 from modprune.width import narrow
@@ -90,17 +91,17 @@ def remove_blocks(
     if example_inputs is None:
         kinds = kinds or [_kind_by_trace(model, name) for name in names]
         forms = outputs or [traced_outputs(model.get_submodule(name)) for name in names]
-        _swap(model, [_stand_ins(model, *block) for block in zip(names, kinds, forms, strict=True)])
+        swap(model, _merged([stand_ins(model, *block) for block in zip(names, kinds, forms, strict=True)]))
         return model
     blocks = _choose(model, names, kinds, example_inputs)
     before = _output_shapes(model, example_inputs)
-    stand_ins = [_stand_ins(model, block.name, block.kind, block.outputs) for block in blocks]
+    new = [stand_ins(model, block.name, block.kind, block.outputs) for block in blocks]
     most = count_params(model) - sum(block.params for block in blocks)  # fewer if they share some among themselves
-    originals = _swap(model, stand_ins)
+    originals = swap(model, _merged(new))
     problem = _problem(model, example_inputs, before, most)
     if problem:
-        _swap(model, [originals])
-        culprit = _culprit(model, stand_ins, example_inputs, before) or f"{names[0]} and the others together"
+        swap(model, originals)
+        culprit = _culprit(model, new, example_inputs, before) or f"{names[0]} and the others together"
         raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was")
     _rebuild_graph(model, example_inputs)
     return model
@@ -148,13 +149,8 @@ def _choose(model: nn.Module, names: Sequence[str], kinds: Sequence[str], exampl
     return [found[name] for name in names]
 
 
-def _swap(model: nn.Module, stand_ins: Sequence[dict[str, nn.Module]]) -> dict[str, nn.Module]:
-    """Put modules in others' places; gives back those that stood there."""
-    new = {name: module for parts in stand_ins for name, module in parts.items()}
-    originals = {name: model.get_submodule(name) for name in new}
-    for name, module in new.items():
-        model.set_submodule(name, module)
-    return originals
+def _merged(parts: Sequence[dict[str, nn.Module]]) -> dict[str, nn.Module]:
+    return {name: module for part in parts for name, module in part.items()}
 
 
 def _problem(model: nn.Module, example_inputs: Any, before: list[tuple[int, ...]], most: int) -> str:
@@ -177,13 +173,13 @@ def _alike(before: list[tuple[int, ...]], after: list[tuple[int, ...]], batch: i
 
 
 def _culprit(
-    model: nn.Module, stand_ins: Sequence[dict[str, nn.Module]], example_inputs: Any, before: list[tuple[int, ...]]
+    model: nn.Module, new: Sequence[dict[str, nn.Module]], example_inputs: Any, before: list[tuple[int, ...]]
 ) -> str:
     """The name of the first block that cannot go even alone; empty if each can."""
-    for parts in stand_ins:
-        originals = _swap(model, [parts])
+    for parts in new:
+        originals = swap(model, parts)
         broken = _problem(model, example_inputs, before, count_params(model))
-        _swap(model, [originals])
+        swap(model, originals)
         if broken:
             return next(iter(parts))
     return ""
@@ -201,26 +197,6 @@ def _rebuild_graph(model: nn.Module, example_inputs: Any) -> None:
         dependency_graph(model, example_inputs)
     except RuntimeError as error:
         warnings.warn(f"width pruning of the pruned model is not to be trusted: {error}", RuntimeWarning, stacklevel=3)
-
-
-def _stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) -> dict[str, nn.Module]:
-    """What takes the place of a block and, of a plain unit, of the norm and activation after it; by name."""
-    block = model.get_submodule(name)
-    if kind == "identity":
-        return {name: PassThrough(outputs, block=block).train(block.training)}
-    if kind == "transition":
-        try:
-            return {name: shortcut_only(block)}
-        except ValueError as error:
-            raise ValueError(f"{name}: cannot be removed: {error}") from None
-    norm = norm_after(model, name)
-    if kind != "plain" or norm is None:
-        raise ValueError(f"{name}: cannot be removed as a block of kind {kind!r}; find_blocks lists what can")
-    activation = activation_after(model, norm)
-    new = {name: PassThrough(kind="plain", block=block), norm: nn.Identity() if activation else Copy()}
-    if activation:
-        new[activation] = nn.Identity()
-    return {part: module.train(model.get_submodule(part).training) for part, module in new.items()}
 
 
 def _kind_by_trace(model: nn.Module, name: str) -> str:

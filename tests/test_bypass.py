@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torchvision
-from torch import nn
-from torchvision.models.resnet import BasicBlock
 
-from modprune.bypass import PassThrough, bypassed, shortcut_only, traced_kind, traced_outputs
+from modprune.bypass import PassThrough, bypassed
 from modprune.models import resnet20
+from modprune.surgery import remove_blocks
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -60,75 +61,14 @@ def test_unknown_names(name):
         pass
 
 
-def test_the_shortcut_alone_keeps_its_parameters_names_modes_and_numbers():
-    block = torchvision.models.resnet18().layer2[0].eval()
-    block.train()
-    block.downsample[1].eval()
-    block.downsample[1].weight.requires_grad_(False)
-    kept = shortcut_only(block)
-    assert set(kept.state_dict()) == {key for key in block.state_dict() if key.startswith("downsample.")}
-    assert all(p is block.get_parameter(name) for name, p in kept.named_parameters())
-    assert [kept.get_submodule(n).training for n in ("", "downsample.1", "downsample.0")] == [True, False, True]
-    x = torch.randn(2, 64, 8, 8)
-    assert torch.equal(kept(x), torch.relu(block.downsample(x)))
-
-
-def test_parameters_that_the_block_holds_itself_go_with_the_branch():
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.short, self.long, self.gamma = nn.Linear(4, 2), nn.Linear(4, 2), nn.Parameter(torch.ones(2))
-
-        def forward(self, x):
-            return self.gamma * self.long(x).relu().sin() + self.short(x)
-
-    kept = shortcut_only(Scaled())
-    assert {name for name, _ in kept.named_parameters()} == {"short.weight", "short.bias"}
-
-
-class Post(nn.Module):
-    """What `join(x, f(x))` gives, for a kind to be read off."""
-
-    def __init__(self, join) -> None:
-        super().__init__()
-        self.f, self.silent, self.join = nn.Linear(4, 4), nn.Sequential(nn.Identity(), nn.Dropout()), join
-
-    def forward(self, x):
-        return self.join(self, x, self.f(x))
-
-
-@pytest.mark.parametrize(
-    ("join", "kind"),
-    [
-        (lambda m, x, f: x + f, "identity"),
-        (lambda m, x, f: m.silent(x) + f, "identity"),
-        (lambda m, x, f: torch.relu(torch.add(f, x.permute(1, 0).permute(1, 0))), "identity"),
-        (lambda m, x, f: (x + f) + m.f(x + f), "identity"),
-        (lambda m, x, f: x.sin() + f, "transition"),
-        (lambda m, x, f: torch.add(f, x, alpha=2), ""),
-        (lambda m, x, f: x * f, ""),
-        (lambda m, x, f: x.sin() + 1, ""),
-    ],
-)
-def test_the_kind_is_read_off_the_block_alone(join, kind):
-    assert traced_kind(Post(join)) == kind
-
-
-def test_the_form_is_read_off_the_block_alone():
-    assert traced_outputs(Post(lambda m, x, f: (x + f, f, x))) == (0, -1, 0)
-    assert traced_outputs(Post(lambda m, x, f: x + f)) == ()
-
-
-def test_what_cannot_be_traced_says_what_to_give():
-    with pytest.raises(ValueError, match=r"torch.fx cannot trace it \(symbolically traced"):
-        traced_kind(Post(lambda m, x, f: x if x.sum() > 0 else f))
-    with pytest.raises(ValueError, match=r"its output is not shortcut"):
-        shortcut_only(nn.Sequential(nn.Linear(2, 2)))
-
-
-def test_a_stand_in_of_ones_own():
-    model = torchvision.models.resnet18().eval()
-    block: BasicBlock = model.layer2[0]
-    with bypassed(model, "layer2.0", shortcut_only(block)):
-        assert model(X).shape == (2, 1000)
-    assert model.layer2[0] is block
+@pytest.mark.parametrize("kind", ["transition", "plain"])
+def test_other_kinds_are_bypassed_as_surgery_would(kind):
+    model, name, images = {
+        "transition": (torchvision.models.resnet18(), "layer2.0", X),
+        "plain": (torchvision.models.vgg11_bn(), "features.11", torch.randn(1, 3, 32, 32)),
+    }[kind]
+    cut = remove_blocks(copy.deepcopy(model.eval()), [name], kinds=[kind])
+    block = model.get_submodule(name)
+    with torch.no_grad(), bypassed(model, name, kind):
+        assert torch.equal(model(images), cut(images))
+    assert model.get_submodule(name) is block

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from benchmarks.zoo_networks import NETWORKS
-from modprune import ModularityPruner, find_blocks
-from modprune.criteria import block_influence
+from modprune import ModularityPruner, evaluate, find_blocks, modularity_curve
+from modprune.criteria import (
+    CRITERIA,
+    Ablation,
+    BlockInfluence,
+    BlockScores,
+    BnScale,
+    Cka,
+    Consensus,
+    Dbp,
+    L1Norm,
+    LinearProbe,
+    Modularity,
+    Random,
+    Taylor,
+    linear_cka,
+    name_of,
+)
 from modprune.models import resnet20
+from modprune.surgery import remove_blocks
 
 X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+LABELLED = [
+    (torch.randn(100, 3, 8, 8, generator=torch.Generator().manual_seed(i)), torch.arange(100) % 10) for i in range(10)
+]
 
 
 class Turn(nn.Module):
@@ -26,25 +50,182 @@ class Turn(nn.Module):
         return x + self.f(x)
 
 
+SAME, QUARTER, BACK = [[3.0, 0.0], [0.0, 3.0]], [[0.0, -1.0], [1.0, 0.0]], [[-1.0, 0.0], [0.0, -1.0]]
+
+
+def state(model):
+    """All that a criterion must leave alone."""
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
+    modules = [(name, type(m), m.training, len(m._forward_hooks)) for name, m in model.named_modules()]
+    return values, flags, modules, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_criterion_plans_and_leaves_the_model_as_found(name):
+    model = resnet20().train()
+    model.layer1[0].eval()
+    model.conv1.weight.requires_grad_(False)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight)
+    values, flags, modules, rng = state(model)
+    blocks = find_blocks(model, X)
+    pruner = ModularityPruner(model, X[:1], LABELLED, name, blocks=2)
+    plan = pruner.plan()
+    assert plan.criterion == name
+    assert set(plan.remove) == set(sorted(blocks.names, key=lambda block: plan.scores[block])[:2])
+    assert pruner.scores.values.shape[1] == len(blocks)
+    assert np.isfinite(pruner.scores.values).all()
+    assert len(set(plan.scores.values())) > 1
+    after = state(model)
+    assert all(torch.equal(value, after[0][key]) for key, value in values.items())
+    assert (flags, modules) == (after[1], after[2])
+    assert torch.equal(rng, after[3])
+
+
+def test_modularity_is_the_gain_of_the_curve():
+    model = resnet20()
+    blocks = find_blocks(model, X)
+    scores = Modularity(k=5, samples=200, repeats=2)(model, blocks, LABELLED)
+    curve = modularity_curve(model, LABELLED, k=5, samples=200, repeats=2)
+    assert list(scores.mean.values()) == pytest.approx(list(curve.gain), abs=1e-12)
+
+
+class Folds(nn.Module):
+    """`x + f(x)`: writes into the second column how far the first one lies beyond -1 and 1."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2, bias=False))
+        self.f[0].weight.data, self.f[0].bias.data = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), -torch.ones(2)
+        self.f[2].weight.data = by * torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize("probe", [LinearProbe, Dbp])
+def test_a_probe_sees_which_block_makes_the_classes_linear(probe):
+    x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([2.0, 0.01])
+    labels = (x[:, 0].abs() > 1).long()
+    stem = nn.Linear(2, 2, bias=False)
+    stem.weight.data = torch.eye(2)
+    model = nn.Sequential(stem, Folds(0.0), Folds(100.0), Folds(0.0))
+    scores = probe(repeats=1)(model, find_blocks(model, x[:2]), list(zip(x.split(100), labels.split(100), strict=True)))
+    nothing, much, again = scores.values[0]
+    assert nothing == again == 0
+    assert much > 0.2
+    with pytest.raises(ValueError, match="all of one class"):
+        probe(repeats=1)(model, find_blocks(model, x[:2]), [(x[labels.argsort()], labels.sort().values * 0)])
+
+
 def test_influence_is_one_minus_the_cosine():
-    same, quarter, back = [[3.0, 0.0], [0.0, 3.0]], [[0.0, -1.0], [1.0, 0.0]], [[-1.0, 0.0], [0.0, -1.0]]
-    model = nn.Sequential(Turn(same), Turn(quarter), Turn(back))
+    model = nn.Sequential(Turn(SAME), Turn(QUARTER), Turn(BACK))
     x = torch.randn(5, 2)
-    scores = block_influence(model, find_blocks(model, x), [x, x])
+    scores = BlockInfluence()(model, find_blocks(model, x), [x, x])
     assert scores.values.shape == (2, 3)
     assert list(scores.mean.values()) == pytest.approx([0, 1, 2], abs=1e-6)
+
+
+def test_cka_is_blind_to_turns_and_scale_alone():
+    x = torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
+    turn, other = torch.linalg.qr(torch.randn(20, 20))[0], torch.randn(64, 20)
+    assert linear_cka(x, 3 * x @ turn + 1) == pytest.approx(1, abs=1e-6)
+    assert abs(linear_cka(x, other)) < 0.1
+    assert linear_cka(x, x * torch.linspace(0, 2, 20)) < 0.95
+    assert linear_cka(x, torch.ones(64, 3)) == 0
+    with pytest.raises(ValueError, match="at least 4"):
+        linear_cka(x[:3], x[:3])
+    model = nn.Sequential(Turn(SAME), Turn(QUARTER), Turn([[1.0, 0.0], [0.0, 4.0]]))
+    same, quarter, stretched = Cka()(model, find_blocks(model, x[:, :2]), [x[:, :2]]).values[0]
+    assert same == pytest.approx(0, abs=1e-6)
+    assert quarter == pytest.approx(0, abs=1e-6)
+    assert stretched > 0.05
+
+
+def test_cka_over_batches_estimates_that_of_all():
+    """The unbiased estimate does not grow as batches shrink; the plain one does."""
+    x = torch.randn(512, 40, generator=torch.Generator().manual_seed(0))
+    y = x + torch.randn(512, 40, generator=torch.Generator().manual_seed(1))
+    parts = [linear_cka(a, b) for a, b in zip(x.split(32), y.split(32), strict=True)]
+    assert np.mean(parts) == pytest.approx(linear_cka(x, y), abs=0.03)
+
+
+@pytest.mark.parametrize(("make", "size"), [(torchvision.models.resnet18, 32), (torchvision.models.vgg11_bn, 32)])
+def test_ablation_is_the_loss_after_surgery(make, size):
+    torch.manual_seed(0)
+    model, images = make(num_classes=10), torch.randn(20, 3, size, size)
+    loader = [(images, torch.arange(20) % 10)]
+    blocks = find_blocks(model, images[:1])
+    scores = Ablation(samples=20)(model, blocks, loader).mean
+    for block in blocks:
+        cut = remove_blocks(copy.deepcopy(model), [block.name], kinds=[block.kind])
+        assert scores[block.name] == pytest.approx(evaluate(cut, loader).loss - evaluate(model, loader).loss, abs=1e-9)
+
+
+def test_taylor_is_the_slope_of_the_loss_as_the_block_shrinks():
+    model = resnet20().double()
+    loader = [(LABELLED[0][0].double(), LABELLED[0][1])]
+    blocks = find_blocks(model, loader[0][0][:1])
+    scores = Taylor(samples=100)(model, blocks, loader).mean
+    for block in (blocks[0], blocks[3]):
+        losses = []
+        for factor in (1 - 1e-5, 1 + 1e-5):
+            scaled = copy.deepcopy(model)
+            for layer in block.layers:
+                for parameter in scaled.get_submodule(layer).parameters(recurse=False):
+                    parameter.data *= factor
+            # In double precision, which `evaluate` does not keep.
+            losses.append(nn.functional.cross_entropy(scaled.eval()(loader[0][0]), loader[0][1]).item())
+        slope = (losses[1] - losses[0]) / 2e-5
+        assert scores[block.name] == pytest.approx(slope**2, rel=1e-2)
+
+
+def test_norms_of_weights_and_scales_are_means_by_hand():
+    model = resnet20()
+    blocks = find_blocks(model, X)
+    nn.init.constant_(model.layer1[0].conv1.weight, -0.5)
+    nn.init.constant_(model.layer1[0].conv2.weight, 0.25)
+    nn.init.constant_(model.layer1[0].bn1.weight, 3)
+    nn.init.constant_(model.layer1[0].bn2.weight, -1)
+    assert L1Norm()(model, blocks).mean["layer1.0"] == pytest.approx((0.5 + 0.25) / 2 * 16 * 9)
+    assert BnScale()(model, blocks).mean["layer1.0"] == 2
+    turn = nn.Sequential(Turn(BACK))
+    with pytest.raises(ValueError, match="block 0 has no norm with a scale"):
+        BnScale()(turn, find_blocks(turn, torch.ones(1, 2)))
+
+
+def test_random_is_the_same_for_a_seed():
+    model = resnet20()
+    blocks = find_blocks(model, X)
+    assert Random(3)(model, blocks).mean == Random(3)(model, blocks).mean != Random(4)(model, blocks).mean
+
+
+def test_a_consensus_is_the_mean_rank():
+    def fixed(*values):
+        return lambda model, blocks, loader: BlockScores(blocks.names, np.array([values]))
+
+    model = nn.Sequential(Turn(SAME), Turn(QUARTER), Turn(BACK))
+    blocks = find_blocks(model, torch.ones(1, 2))
+    both = Consensus((fixed(1.0, 2.0, 3.0), fixed(900.0, 5.0, 5.0)))(model, blocks, [])
+    assert both.values.tolist() == [[0, 0.5, 1], [1, 0, 0]]
+    assert list(both.mean.values()) == [0.5, 0.25, 0.5]
+
+
+def test_names():
+    assert [name_of(made()) for made in CRITERIA.values()] == list(CRITERIA)
+    assert name_of(test_names) == "test_names"
+    with pytest.raises(ValueError, match=r"'magic' is unknown: give one of modularity, .*random, or a callable"):
+        ModularityPruner(resnet20(), X, [], "magic", blocks=1)
 
 
 def test_blocks_that_change_the_shape_score_one_and_loaders_need_no_labels():
     model = resnet20()
     blocks = find_blocks(model, X)
-    scores = block_influence(model, blocks, [X, X[:3]])
+    scores = BlockInfluence()(model, blocks, [X, X[:3]])
     assert [scores.mean[b.name] for b in blocks if b.kind == "transition"] == [1.0, 1.0]
     assert (scores.values >= 0).all()
-    assert not any(module._forward_hooks for module in model.modules())
-    plan = ModularityPruner(model, X[:1], [X], "block_influence", blocks=2).plan()
-    assert plan.criterion == "block_influence"
-    assert set(plan.remove) == set(sorted(plan.scores, key=lambda name: plan.scores[name])[:2])
+    assert Cka()(model, blocks, [X]).values.shape == (1, 9)
 
 
 def test_five_hundred_samples_are_enough():
@@ -52,31 +233,33 @@ def test_five_hundred_samples_are_enough():
     model = nn.Sequential(Turn([[1.0, 0.0], [0.0, 2.0]]))
     model.register_forward_hook(lambda *_: seen.append(1))
     batches = [torch.ones(300, 2)] * 5
-    assert block_influence(model, find_blocks(model, batches[0]), batches).values.shape == (2, 1)
+    assert BlockInfluence()(model, find_blocks(model, batches[0]), batches).values.shape == (2, 1)
     with pytest.raises(ValueError, match="gives no batch"):
-        block_influence(model, find_blocks(model, batches[0]), [])
+        BlockInfluence()(model, find_blocks(model, batches[0]), [])
 
 
 @pytest.mark.parametrize("name", ["swin", "bert", "llama", "whisper_encoder", "poolformer"])
-@pytest.mark.parametrize("criterion", ["modularity", "block_influence"])
+@pytest.mark.parametrize(
+    "criterion",
+    [Modularity(samples=10, repeats=2), LinearProbe(samples=10, repeats=2), BlockInfluence(), L1Norm()],
+    ids=name_of,
+)
 def test_tokens_tuples_and_dicts(name, criterion):
     """The pruner runs on networks whose blocks and outputs are tuples, dicts or token sequences, with dict loaders."""
     torch.manual_seed(0)
     make, inputs = NETWORKS[name]
     model = make()
-    labels = {"labels": torch.tensor([0, 1])} if criterion == "modularity" else {}
+    labels = {"labels": torch.tensor([0, 1])} if isinstance(criterion, (Modularity, LinearProbe)) else {}
     batches = [{key: value.roll(i, -1) for key, value in inputs.items()} | labels for i in range(5)]
-    if criterion == "modularity":
-        model = model.eval()
-
-        def measure(model, blocks, loader):
-            from modprune import modularity_curve
-            from modprune.criteria import BlockScores
-
-            curve = modularity_curve(model, loader, samples=10, repeats=2, blocks=blocks)
-            return BlockScores(blocks.names, curve.q[:, 1:] - curve.q[:, :-1], curve)
-
-        criterion = measure
     pruner = ModularityPruner(model, inputs, batches, criterion, blocks=1)
     assert len(pruner.plan().remove) == 1
     assert find_blocks(pruner.step(), inputs).names != ()
+
+
+def test_classifiers_with_dicts_can_be_ablated():
+    make, inputs = NETWORKS["vit"]
+    model = make()
+    blocks = find_blocks(model, inputs)
+    batch = inputs | {"labels": torch.tensor([0, 1])}
+    for criterion in (Ablation(samples=2), Taylor(samples=2)):
+        assert criterion(model, blocks, [batch]).values.shape == (1, len(blocks))

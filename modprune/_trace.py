@@ -1,0 +1,161 @@
+"""A block traced alone by torch.fx: whether it is residual, and its shortcut without the branch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from modprune._autograd import first_line
+
+MARK = "modprune"
+# What a shortcut may pass through in a traced block; the autograd names in `_autograd` say the same of a run one.
+_SUMS = ("add", "iadd", "add_")
+_SILENT = (
+    *("relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "softplus"),
+    *("view", "reshape", "flatten", "permute", "transpose", "swapaxes", "contiguous", "roll"),
+    *("squeeze", "unsqueeze", "to", "dropout", "stochastic_depth"),
+)
+_SILENT_LAYERS = (
+    *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus),
+    *(nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten),
+)
+
+
+def shortcut_only(block: nn.Module) -> fx.GraphModule:
+    """The block with its sum replaced by the cheaper operand and all that no longer counts left out.
+
+    Raises:
+        ValueError: if torch.fx cannot trace the block or it does not end in a sum of two values made from its input.
+    """
+    for traced in _traces(block):
+        total, sides = _last_sum(traced)
+        if total is None:
+            continue
+        total.replace_all_uses_with(min(sides, key=lambda side: _params_behind(side, traced)))
+        traced.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target is not torch._assert)
+        kept = fx.GraphModule(traced, traced.graph, class_name=type(block).__name__)  # copies what the graph names
+        for inner, module in kept.named_modules():
+            module.training = block.get_submodule(inner).training
+        kept.meta[MARK] = "transition"
+        return kept
+    raise ValueError("its output is not shortcut(x) + branch(x)")
+
+
+def traced_kind(block: nn.Module) -> str:
+    """What kind a block is, by torch.fx from it alone: "identity", "transition", or "" if neither.
+
+    Raises:
+        ValueError: if torch.fx cannot trace the block.
+    """
+    kinds = [
+        "identity" if _has_identity_path(traced) else "transition" if _last_sum(traced)[0] is not None else ""
+        for traced in _traces(block)
+    ]
+    return next(filter(None, kinds), "")
+
+
+def traced_outputs(block: nn.Module) -> tuple[int, ...]:
+    """The form of what a block gives back, as `PassThrough` takes it, by torch.fx; empty if that cannot be told."""
+    try:
+        graph = next(_traces(block)).graph
+    except ValueError:
+        return ()  # most blocks that torch.fx cannot trace give a tensor; with example inputs there is no guess
+    value, arguments = graph.output_node().args[0], list(graph.find_nodes(op="placeholder"))
+    if not isinstance(value, tuple):
+        return ()
+    return 0, *(arguments.index(item) if item in arguments else -1 for item in value[1:])
+
+
+class _Shallow(fx.Tracer):
+    """Looks into the block alone: what its sub-modules do inside is theirs, and often cannot be traced."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _traces(block: nn.Module) -> Iterator[fx.GraphModule]:
+    """The block traced with its sub-modules as they are, then, where it can be, down to torch's own layers."""
+    problems = []
+    for tracer in (_Shallow(), fx.Tracer()):
+        try:
+            traced = fx.GraphModule(block, tracer.trace(block))
+        except Exception as error:
+            problems.append(first_line(error))
+        else:
+            yield traced
+    if len(problems) == 2:
+        raise ValueError(f"torch.fx cannot trace it ({problems[0]:.80})")
+
+
+def _has_identity_path(traced: fx.GraphModule) -> bool:
+    """Whether the output is the input plus something learned, but for activations and changes of layout."""
+    x, seen, stack = _input(traced), set(), [(_output(traced), False)]
+    while stack:
+        node, added = stack.pop()
+        if node is x and added:
+            return True
+        if (node, added) in seen:
+            continue
+        seen.add((node, added))
+        sides = _operands(node)
+        for i, side in enumerate(sides):
+            other = sides[1 - i]
+            stack.append((side, added or (x in _behind(other) and _params_behind(other, traced) > 0)))
+        if _is_silent(node, traced):
+            stack.append((node.all_input_nodes[0], added))
+    return False
+
+
+def _last_sum(traced: fx.GraphModule) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The sum that ends the block, but for activations and changes of layout, and its operands, both made from x."""
+    node = _output(traced)
+    while _is_silent(node, traced):
+        node = node.all_input_nodes[0]
+    sides = _operands(node)
+    return (node, sides) if sides and all(_input(traced) in _behind(side) for side in sides) else (None, [])
+
+
+def _input(traced: fx.GraphModule) -> fx.Node:
+    return next(node for node in traced.graph.nodes if node.op == "placeholder")
+
+
+def _output(traced: fx.GraphModule) -> fx.Node:
+    return traced.graph.output_node().all_input_nodes[0]
+
+
+def _operation(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The two operands of a sum; none for anything else."""
+    if node.op not in ("call_function", "call_method") or _operation(node) not in _SUMS or "alpha" in node.kwargs:
+        return []
+    sides = [side for side in node.args if isinstance(side, fx.Node)]
+    return sides if len(sides) == 2 else []
+
+
+def _is_silent(node: fx.Node, traced: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        return all(isinstance(m, _SILENT_LAYERS) for m in (module if isinstance(module, nn.Sequential) else [module]))
+    return node.op in ("call_function", "call_method") and _operation(node) in _SILENT
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """The node and all that it is made from."""
+    seen, stack = {node}, [node]
+    while stack:
+        new = set(stack.pop().all_input_nodes) - seen
+        seen |= new
+        stack += new
+    return seen
+
+
+def _params_behind(node: fx.Node, traced: fx.GraphModule) -> int:
+    named = dict(traced.named_parameters(remove_duplicate=False))
+    used = [str(n.target) for n in _behind(node) if n.op in ("call_module", "get_attr")]
+    ids = {id(p): p.numel() for key, p in named.items() if any(key == u or key.startswith(u + ".") for u in used)}
+    return sum(ids.values())

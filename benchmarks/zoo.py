@@ -180,14 +180,8 @@ def check(entry: Entry, fast: bool) -> dict[str, Any]:
     if not blocks:
         return row
     pruned = copy.deepcopy(model)
-    surgery: dict[str, Callable[[], None]] = {
-        "surgery": lambda: _surgery(pruned, blocks, inputs),
-        "forward": lambda: _same_shapes(model, pruned, inputs),
-        "round_trip": lambda: _round_trip(model, pruned, inputs),
-        "width": lambda: _width(model, blocks, inputs),
-        "pruner": lambda: _pruner(model, inputs),
-    }
-    row |= {name: _verdict(step) for name, step in surgery.items()}
+    for name, step in SURGERY.items():
+        row[name] = _verdict(lambda step=step: step(model, pruned, blocks, inputs))
     for name, step in {**LATER, **({} if fast else EXPORTS)}.items():
         row[name] = _verdict(lambda step=step: step(pruned, inputs))
         if row[name] != "ok" and (before := _verdict(lambda step=step: step(model, inputs))) != "ok":
@@ -205,15 +199,14 @@ def _verdict(step: Callable[[], None]) -> str:
     return "ok"
 
 
-def _surgery(pruned: nn.Module, blocks: Blocks, inputs: Any) -> None:
-    before = count_params(pruned)
+def _surgery(model: nn.Module, pruned: nn.Module, blocks: Blocks, inputs: Any) -> None:
     remove_blocks(pruned, blocks.names, example_inputs=inputs)
     freed = sum(block.params for block in blocks)
-    if before - count_params(pruned) != freed:
-        raise AssertionError(f"{before - count_params(pruned)} parameters went, the blocks hold {freed}")
+    if count_params(model) - count_params(pruned) != freed:
+        raise AssertionError(f"{count_params(model) - count_params(pruned)} parameters went, the blocks hold {freed}")
 
 
-def _same_shapes(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
+def _same_shapes(model: nn.Module, pruned: nn.Module, blocks: Blocks, inputs: Any) -> None:
     before, after = ([t.shape for t in _outputs(m, inputs)] for m in (model, pruned))
     # A detector of random weights finds another number of objects.
     if before != after and not isinstance(inputs, tuple):
@@ -233,7 +226,7 @@ def _gradients(pruned: nn.Module, inputs: Any) -> None:
     pruned.zero_grad()
 
 
-def _round_trip(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
+def _round_trip(model: nn.Module, pruned: nn.Module, blocks: Blocks, inputs: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pruned.safetensors"
         save(pruned, path)
@@ -243,25 +236,25 @@ def _round_trip(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
         raise AssertionError("the loaded network computes something else")
 
 
-def _width(model: nn.Module, blocks: Blocks, inputs: Any) -> None:
+def _width(model: nn.Module, pruned: nn.Module, blocks: Blocks, inputs: Any) -> None:
     """Half of the blocks and 0.3 of the channels inside the others go, and come back from a file."""
     narrowed = copy.deepcopy(model)
     gone = blocks[::2]
     remove_blocks(narrowed, [b.name for b in gone], kinds=[b.kind for b in gone], outputs=[b.outputs for b in gone])
     cuts = choose_cuts(narrowed, find_blocks(narrowed, inputs), inputs, 0.3)
     narrow(narrowed, cuts, inputs)
-    _same_shapes(model, narrowed, inputs)
-    _round_trip(model, narrowed, inputs)
+    _same_shapes(model, narrowed, blocks, inputs)
+    _round_trip(model, narrowed, blocks, inputs)
 
 
-def _pruner(model: nn.Module, inputs: Any) -> None:
+def _pruner(model: nn.Module, pruned: nn.Module, blocks: Blocks, inputs: Any) -> None:
     """The block of least gain in modularity over eight samples goes."""
-    labels = torch.arange(1 if isinstance(inputs, tuple) else 2)
-    batch = {**inputs, "labels": labels} if isinstance(inputs, dict) else (inputs, labels)
-    labelled = [batch] * (8 // len(labels))
+    samples = 1 if isinstance(inputs, tuple) else 2
+    labels = (torch.arange(8) % 2).split(samples)
+    labelled = [{**inputs, "labels": y} if isinstance(inputs, dict) else (inputs, y) for y in labels]
     shrinking = copy.deepcopy(model)
     ModularityPruner(shrinking, inputs, labelled, Modularity(k=1, samples=8, repeats=1), blocks=1).step()
-    _same_shapes(model, shrinking, inputs)
+    _same_shapes(model, shrinking, blocks, inputs)
 
 
 def _compile(pruned: nn.Module, inputs: Any) -> None:
@@ -288,6 +281,14 @@ def _onnx(pruned: nn.Module, inputs: Any) -> None:
     _close([torch.from_numpy(o) for o in outputs], _outputs(pruned, inputs), atol=1e-4)
 
 
+# What modprune does, each from the whole model, the one without its blocks, these, and inputs.
+SURGERY: dict[str, Callable[[nn.Module, nn.Module, Blocks, Any], None]] = {
+    "surgery": _surgery,
+    "forward": _same_shapes,
+    "round_trip": _round_trip,
+    "width": _width,
+    "pruner": _pruner,
+}
 # What a pruned network is used for later, quick and slow; what the unpruned one cannot do either, is none of ours.
 LATER: dict[str, Callable[[nn.Module, Any], Any]] = {"gradients": _gradients, "depgraph": dependency_graph}
 EXPORTS: dict[str, Callable[[nn.Module, Any], None]] = {"compile": _compile, "export": _export, "onnx": _onnx}

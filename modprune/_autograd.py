@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,15 +26,22 @@ LAYOUT = (
 )
 NORMS = ("NativeLayerNorm", "RmsNorm", "FusedRmsNorm")
 
+_TORCHS_OWN = frozenset(vars(nn.Module()))
+
 Edge = tuple[Any, int]
 """A value in autograd's graph: the node that made it, and which of that node's outputs it is."""
 
 
 @contextmanager
 def traceable(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode with gradients for all it holds; modes, RNG, `requires_grad` and buffers come back."""
+    """The model in eval mode with gradients for all it holds.
+
+    Modes, RNG, `requires_grad`, buffers and plain attributes come back: what a module cached meanwhile would hold on to
+    a graph, and could not be copied.
+    """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    attributes = {module: _plain_attributes(module) for module in model.modules()}
     try:
         with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
             for parameter in frozen:
@@ -46,6 +54,28 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):  # a write, even of the same values, would spoil graphs it is in
                     buffer.copy_(value)
+        for module, before in attributes.items():
+            _put_back(module, before)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Attributes that are no part of torch's own state; dicts and lists as they are now."""
+    plain = {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
+    return {name: copy.copy(value) if type(value) in (dict, list) else value for name, value in plain.items()}
+
+
+def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
+    now = vars(module)
+    for name in [name for name in now if name not in _TORCHS_OWN and name not in before]:
+        del now[name]
+    for name, value in before.items():
+        if type(value) is dict and type(now.get(name)) is dict:
+            now[name].clear()
+            now[name].update(value)
+        elif type(value) is list and type(now.get(name)) is list:
+            now[name][:] = value
+        else:
+            now[name] = value
 
 
 def first_line(error: Exception) -> str:
@@ -82,14 +112,11 @@ class Call:
     outputs: tuple[int, ...] = ()
     times: int = 1
 
-    @property
-    def composite(self) -> bool:
-        """Whether the module has others inside it."""
-        return any(True for _ in self.module.children())
 
+def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[dict[str, Call], Any]:
+    """Calls of all sub-modules that hold others, in the order in which they began, and the model's output.
 
-def record_calls(model: nn.Module, inputs: Any) -> tuple[dict[str, Call], Any]:
-    """Calls of all sub-modules with parameters, in the order in which they began, and the model's output.
+    With `leaves` those that hold none are among them, which takes longer.
 
     Raises:
         RuntimeError: if the model cannot run on `inputs`; one line.
@@ -103,7 +130,7 @@ def record_calls(model: nn.Module, inputs: Any) -> tuple[dict[str, Call], Any]:
             calls[name].times += 1
         elif x is not None and start is not None:
             # Later layers may write into x in place: the proof needs it as it is now.
-            x = x.detach().clone() if any(True for _ in module.children()) else x.detach()
+            x = x.detach().clone() if _is_composite(module) else x.detach()
             calls[name] = Call(name, module, args, kwargs, x, start)
 
     def after(name: str, out: Any) -> None:
@@ -115,7 +142,7 @@ def record_calls(model: nn.Module, inputs: Any) -> tuple[dict[str, Call], Any]:
 
     hooks = []
     for name, module in model.named_modules():
-        if name and any(True for _ in module.parameters()):
+        if name and (leaves or _is_composite(module)) and any(True for _ in module.parameters()):
             pre = lambda m, args, kwargs, name=name: before(name, m, args, kwargs)  # noqa: E731
             hooks.append(module.register_forward_pre_hook(pre, with_kwargs=True))
             hooks.append(module.register_forward_hook(lambda m, args, out, name=name: after(name, out)))
@@ -127,6 +154,10 @@ def record_calls(model: nn.Module, inputs: Any) -> tuple[dict[str, Call], Any]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
 
 
 def _sources(out: Any, arguments: list[Any]) -> tuple[int, ...]:

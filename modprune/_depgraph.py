@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def dependency_graph(model: nn.Module, example_inputs: Any) -> Any:
     import torch_pruning
 
     inputs = to_device(example_inputs, device_of(model))
-    with _visited(model):
+    with _visited(model), _odd_reshapes_unmapped():
         return torch_pruning.DependencyGraph().build_dependency(
             model, inputs, forward_fn=call, output_transform=differentiable_tensors
         )
@@ -47,7 +47,7 @@ def prune_channels(model: nn.Module, example_inputs: Any, ratio: float, layers: 
 
     inputs = to_device(example_inputs, device_of(model))
     ignored = [m for m in model.modules() if m not in layers and not any(True for _ in m.children())]
-    with _visited(model), _forms_kept(model):
+    with _visited(model), _odd_reshapes_unmapped(), _forms_kept(model):
         pruner = torch_pruning.pruner.BasePruner(
             model, inputs, torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio,
             ignored_layers=ignored, forward_fn=call, output_transform=differentiable_tensors,
@@ -83,6 +83,27 @@ def _visited(model: nn.Module) -> Iterator[None]:
             for module, before in hooks.items():
                 for key in set(module._forward_hooks) - before:
                     del module._forward_hooks[key]
+
+
+@contextmanager
+def _odd_reshapes_unmapped() -> Iterator[None]:
+    """A reshape before which torch-pruning finds no channels is left alone, as it leaves those of unknown channels.
+
+    It divides by their number: by zero in a vision transformer of which all layers are gone, and in ShuffleNet.
+    """
+    from torch_pruning.dependency import index_mapping
+
+    original = index_mapping.update_reshape_index_mapping
+
+    def guarded(graph: Any, node: Any) -> None:
+        with suppress(ZeroDivisionError):
+            original(graph, node)
+
+    index_mapping.update_reshape_index_mapping = guarded
+    try:
+        yield
+    finally:
+        index_mapping.update_reshape_index_mapping = original
 
 
 @contextmanager

@@ -29,18 +29,20 @@ def shortcut_only(block: nn.Module) -> fx.GraphModule:
     Raises:
         ValueError: if torch.fx cannot trace the block or it does not end in a sum of two values made from its input.
     """
-    for traced in _traces(block):
-        total, sides = _last_sum(traced)
-        if total is None:
-            continue
-        total.replace_all_uses_with(min(sides, key=lambda side: _params_behind(side, traced)))
-        traced.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target is not torch._assert)
-        kept = fx.GraphModule(traced, traced.graph, class_name=type(block).__name__)  # copies what the graph names
-        for inner, module in kept.named_modules():
-            module.training = block.get_submodule(inner).training
-        kept.meta[MARK] = "transition"
-        return kept
-    raise ValueError("its output is not shortcut(x) + branch(x)")
+    graph, total, side = _shortcut(block)
+    total.replace_all_uses_with(side)
+    whole = fx.GraphModule(block, graph)
+    whole.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target is not torch._assert)
+    kept = fx.GraphModule(whole, whole.graph, class_name=type(block).__name__)  # copies what the graph names
+    for inner, module in kept.named_modules():
+        module.training = block.get_submodule(inner).training
+    kept.meta[MARK] = "transition"
+    return kept
+
+
+def shortcut_parameters(block: nn.Module) -> set[int]:
+    """The parameters, by `id`, that `shortcut_only` would keep; its errors."""
+    return set(_params_behind(_shortcut(block)[2], block))
 
 
 def traced_kind(block: nn.Module) -> str:
@@ -50,8 +52,8 @@ def traced_kind(block: nn.Module) -> str:
         ValueError: if torch.fx cannot trace the block.
     """
     kinds = [
-        "identity" if _has_identity_path(traced) else "transition" if _last_sum(traced)[0] is not None else ""
-        for traced in _traces(block)
+        "identity" if _has_identity_path(graph, block) else "transition" if _last_sum(graph, block)[0] else ""
+        for graph in _graphs(block)
     ]
     return next(filter(None, kinds), "")
 
@@ -59,13 +61,22 @@ def traced_kind(block: nn.Module) -> str:
 def traced_outputs(block: nn.Module) -> tuple[int, ...]:
     """The form of what a block gives back, as `PassThrough` takes it, by torch.fx; empty if that cannot be told."""
     try:
-        graph = next(_traces(block)).graph
+        graph = next(_graphs(block))
     except ValueError:
         return ()  # most blocks that torch.fx cannot trace give a tensor; with example inputs there is no guess
     value, arguments = graph.output_node().args[0], list(graph.find_nodes(op="placeholder"))
     if not isinstance(value, tuple):
         return ()
     return 0, *(arguments.index(item) if item in arguments else -1 for item in value[1:])
+
+
+def _shortcut(block: nn.Module) -> tuple[fx.Graph, fx.Node, fx.Node]:
+    """The graph of a block, the sum that ends it, and that operand of it which has fewer parameters behind it."""
+    for graph in _graphs(block):
+        total, sides = _last_sum(graph, block)
+        if total is not None:
+            return graph, total, min(sides, key=lambda side: sum(_params_behind(side, block).values()))
+    raise ValueError("its output is not shortcut(x) + branch(x)")
 
 
 class _Shallow(fx.Tracer):
@@ -75,23 +86,23 @@ class _Shallow(fx.Tracer):
         return True
 
 
-def _traces(block: nn.Module) -> Iterator[fx.GraphModule]:
+def _graphs(block: nn.Module) -> Iterator[fx.Graph]:
     """The block traced with its sub-modules as they are, then, where it can be, down to torch's own layers."""
     problems = []
     for tracer in (_Shallow(), fx.Tracer()):
         try:
-            traced = fx.GraphModule(block, tracer.trace(block))
+            graph = tracer.trace(block)
         except Exception as error:
             problems.append(first_line(error))
         else:
-            yield traced
+            yield graph
     if len(problems) == 2:
         raise ValueError(f"torch.fx cannot trace it ({problems[0]:.80})")
 
 
-def _has_identity_path(traced: fx.GraphModule) -> bool:
+def _has_identity_path(graph: fx.Graph, block: nn.Module) -> bool:
     """Whether the output is the input plus something learned, but for activations and changes of layout."""
-    x, seen, stack = _input(traced), set(), [(_output(traced), False)]
+    x, seen, stack = _input(graph), set(), [(_output(graph), False)]
     while stack:
         node, added = stack.pop()
         if node is x and added:
@@ -102,27 +113,27 @@ def _has_identity_path(traced: fx.GraphModule) -> bool:
         sides = _operands(node)
         for i, side in enumerate(sides):
             other = sides[1 - i]
-            stack.append((side, added or (x in _behind(other) and _params_behind(other, traced) > 0)))
-        if _is_silent(node, traced):
+            stack.append((side, added or (x in _behind(other) and bool(_params_behind(other, block)))))
+        if _is_silent(node, block):
             stack.append((node.all_input_nodes[0], added))
     return False
 
 
-def _last_sum(traced: fx.GraphModule) -> tuple[fx.Node | None, list[fx.Node]]:
+def _last_sum(graph: fx.Graph, block: nn.Module) -> tuple[fx.Node | None, list[fx.Node]]:
     """The sum that ends the block, but for activations and changes of layout, and its operands, both made from x."""
-    node = _output(traced)
-    while _is_silent(node, traced):
+    node = _output(graph)
+    while _is_silent(node, block):
         node = node.all_input_nodes[0]
     sides = _operands(node)
-    return (node, sides) if sides and all(_input(traced) in _behind(side) for side in sides) else (None, [])
+    return (node, sides) if sides and all(_input(graph) in _behind(side) for side in sides) else (None, [])
 
 
-def _input(traced: fx.GraphModule) -> fx.Node:
-    return next(node for node in traced.graph.nodes if node.op == "placeholder")
+def _input(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op == "placeholder")
 
 
-def _output(traced: fx.GraphModule) -> fx.Node:
-    return traced.graph.output_node().all_input_nodes[0]
+def _output(graph: fx.Graph) -> fx.Node:
+    return graph.output_node().all_input_nodes[0]
 
 
 def _operation(node: fx.Node) -> str:
@@ -137,9 +148,9 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return sides if len(sides) == 2 else []
 
 
-def _is_silent(node: fx.Node, traced: fx.GraphModule) -> bool:
+def _is_silent(node: fx.Node, block: nn.Module) -> bool:
     if node.op == "call_module":
-        module = traced.get_submodule(str(node.target))
+        module = block.get_submodule(str(node.target))
         return all(isinstance(m, _SILENT_LAYERS) for m in (module if isinstance(module, nn.Sequential) else [module]))
     return node.op in ("call_function", "call_method") and _operation(node) in _SILENT
 
@@ -154,8 +165,8 @@ def _behind(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _params_behind(node: fx.Node, traced: fx.GraphModule) -> int:
-    named = dict(traced.named_parameters(remove_duplicate=False))
+def _params_behind(node: fx.Node, block: nn.Module) -> dict[int, int]:
+    """Sizes of the parameters that a value is made from, by their `id`."""
     used = [str(n.target) for n in _behind(node) if n.op in ("call_module", "get_attr")]
-    ids = {id(p): p.numel() for key, p in named.items() if any(key == u or key.startswith(u + ".") for u in used)}
-    return sum(ids.values())
+    named = block.named_parameters(remove_duplicate=False)
+    return {id(p): p.numel() for key, p in named if any(key == u or key.startswith(u + ".") for u in used)}

@@ -29,7 +29,7 @@ from modprune._autograd import (
     users,
 )
 from modprune._inputs import device_of, first_tensor, to_device
-from modprune._trace import shortcut_only
+from modprune._trace import shortcut_parameters
 from modprune.bypass import norm_after
 from modprune.cost import counted_macs
 
@@ -83,7 +83,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
     a quarter of its parameters. Plain units where the model has no shortcut at all.
 
     One forward pass, traced and counted, and one more of every identity block, for the proof that the shortcut is the
-    identity. The model is left as found.
+    identity; two where there is no shortcut. The model is left as found.
 
     Args:
         model: any bare module; on any device.
@@ -103,10 +103,10 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         inputs = to_device(example_inputs, device_of(model))
         with counted_macs(model, inputs) as macs:
             calls, output = record_calls(model, inputs)
-        uses = users(output)
-        found, refused = _residual(calls, uses)
+        found, refused = _residual(calls, users(output))
         if not found and not refused:
-            found = _plain(model, calls, uses)
+            calls, output = record_calls(model, inputs, leaves=True)
+            found = _plain(model, calls, users(output))
         own = {name: list(module.parameters(recurse=False)) for name, module in model.named_modules()}
         blocks = [_describe(model, calls[name], kind, stays, own, macs) for name, (kind, stays) in found.items()]
     return Blocks(blocks, refused)
@@ -129,7 +129,7 @@ def _residual(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> tuple[_Found
     found: _Found = {}
     refused: dict[str, str] = {}
     for name in sorted(calls, key=lambda name: name.count("."), reverse=True):
-        seen, kind = calls[name], _kind(calls[name]) if calls[name].composite else ""
+        seen, kind = calls[name], _kind(calls[name])
         inner = [other for other in (*found, *refused) if other.startswith(name + ".")]
         # On the path of an identity there are no transitions: those inside it are parts of its branch.
         rivals = [other for other in inner if kind != "identity" or found.get(other, ("identity",))[0] == "identity"]
@@ -138,14 +138,14 @@ def _residual(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> tuple[_Found
         try:
             if reason := _obstacle(seen, uses):
                 raise ValueError(reason)
-            kept = shortcut_only(seen.module).parameters() if kind == "transition" else ()
+            kept = shortcut_parameters(seen.module) if kind == "transition" else set()
         except ValueError as error:
             if not inner:
                 refused[name] = str(error)
             continue
         found = {n: found[n] for n in found if n not in inner}
         refused = {n: refused[n] for n in refused if n not in inner}
-        found[name] = kind, {id(parameter) for parameter in kept}
+        found[name] = kind, kept
     return {name: found[name] for name in calls if name in found}, refused
 
 

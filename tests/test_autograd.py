@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,7 +69,8 @@ def test_the_other_half_of_a_split_is_another_value():
 def test_calls_are_counted_and_keep_what_went_in():
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True)))
     with traceable(model):
-        calls, output = record_calls(model, torch.tensor([[1.0, 2.0]]))
+        assert list(record_calls(model, torch.ones(1, 2))[0]) == ["1"]
+        calls, output = record_calls(model, torch.tensor([[1.0, 2.0]]), leaves=True)
     assert list(calls) == ["0", "1", "1.0"]
     assert calls["0"].x.tolist() == [[1.0, 2.0]]
     assert calls["1"].end == edge(output)
@@ -94,6 +97,32 @@ def test_a_sum_in_place_into_a_view_is_seen_and_done():
     seen = calls["1"]
     assert identity_path(seen.end, seen.start) == "branch"
     assert torch.equal(output, model(x))
+
+
+class Caching(nn.Linear):
+    """Keeps what it makes in its first pass, in every way that modules do."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.by_device, self.history, self.last, self.passes = {"old": 1}, [], None, 0
+
+    def forward(self, x):
+        self.by_device["cpu"] = self.weight * 2
+        self.history.append(self.weight * 2)
+        self.last = self.extra = self.weight * 2
+        self.passes += 1
+        return super().forward(x)
+
+
+def test_what_a_module_caches_in_a_traced_pass_does_not_stay():
+    model = Caching()
+    by_device, history = model.by_device, model.history
+    with traceable(model):
+        model(torch.ones(1, 2))
+    copy.deepcopy(model)
+    assert model.by_device is by_device
+    assert model.history is history
+    assert (by_device, history, model.last, model.passes, hasattr(model, "extra")) == ({"old": 1}, [], None, 0, False)
 
 
 def test_a_buffer_is_not_written_to_if_nothing_changed_it():

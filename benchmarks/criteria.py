@@ -1,0 +1,112 @@
+"""Every criterion under one budget: which blocks of ResNet56 it removes, and what is left of the Top-1 on CIFAR-10.
+
+    python -m benchmarks.criteria --data-dir DIR --weights FILE [--epochs E --seeds S ...]
+
+For 30, 45, 60 and 75 % of the MACs removed: Top-1 at once, with batch-norm statistics measured anew on 2,000 training
+images, and, if asked, after an equal fine-tuning for each seed. Criteria see training images alone. Resumable: what is
+in the JSON is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from benchmarks._env import RESULTS, write_result
+from modprune import CachedTeacher, ModularityPruner, PruningPlan, evaluate, find_blocks, finetune, load_weights
+from modprune._memory import keep_freed_memory
+from modprune.blocks import Blocks
+from modprune.criteria import CRITERIA, BlockScores
+from modprune.data import ImageData, ImageLoader, cifar10
+from modprune.job import VIEWS
+from modprune.models import resnet56
+
+REMOVED = (0.30, 0.45, 0.60, 0.75)
+SEED, CALIBRATION, RECALIBRATION = 0, 10_000, 2_000
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+
+
+def main(data_dir: Path, weights: Path, epochs: int, seeds: Sequence[int]) -> None:
+    """Measure what is missing in benchmarks/results/criteria.json."""
+    keep_freed_memory()
+    network = load_weights(resnet56(), weights)
+    train, test = cifar10(data_dir, train=True), cifar10(data_dir, train=False)
+    path = RESULTS / "criteria.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    for name in CRITERIA:
+        if len([row for row in rows if row["criterion"] == name]) < len(REMOVED):
+            rows = [row for row in rows if row["criterion"] != name] + cuts(network, train, test, name)
+            store(weights, rows)
+    for row in rows:
+        for seed in seeds if epochs else ():
+            key = f"{epochs} epochs, seed {seed}"
+            if key not in row["finetuned"]:
+                row["finetuned"][key] = recovered(network, train, test, row["removed"], epochs, seed)
+                store(weights, rows)
+
+
+def cuts(network: nn.Module, train: ImageData, test: ImageData, name: str) -> list[dict[str, Any]]:
+    """The rows of one criterion: its scores are measured once for all budgets."""
+    loader = ImageLoader(train.subset(torch.arange(CALIBRATION)), 100, shuffle=True, seed=SEED)
+    started = time.perf_counter()
+    scores = CRITERIA[name]()(network, find_blocks(network, EXAMPLE), loader)
+    seconds, rows = time.perf_counter() - started, []
+    for flops in REMOVED:
+
+        def measured(model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+            return scores
+
+        plan = ModularityPruner(network, EXAMPLE, loader, measured, flops=flops).plan()
+        pruned = plan.apply(copy.deepcopy(network))
+        row: dict[str, Any] = {
+            "criterion": name,
+            "asked": flops,
+            "freed": dict(plan.freed),
+            "removed": list(plan.remove),
+            "scores": scores.mean,
+            "scoring_seconds": seconds,
+            "top1_at_once": top1(pruned, test),
+        }
+        update_bn((images for images, *_ in ImageLoader(train.subset(torch.arange(RECALIBRATION)), 100)), pruned)
+        rows.append(row | {"top1_with_new_batch_norm": top1(pruned, test), "finetuned": {}})
+        print(name, flops, row["top1_at_once"], rows[-1]["top1_with_new_batch_norm"], flush=True)
+    return rows
+
+
+def recovered(
+    network: nn.Module, train: ImageData, test: ImageData, removed: Sequence[str], epochs: int, seed: int
+) -> float:
+    """Top-1 at the last of `epochs` epochs of `modprune.finetune` with its defaults, the unpruned network as teacher."""
+    pruned = PruningPlan(tuple(removed)).apply(copy.deepcopy(network)).to(memory_format=torch.channels_last)
+    loader = ImageLoader(train, 128, pad=4, shuffle=True, seed=seed, views=VIEWS)
+    finetune(pruned, loader, teacher=CachedTeacher(network, loader), epochs=epochs)
+    return top1(pruned, test)
+
+
+def top1(model: nn.Module, test: ImageData) -> float:
+    """On all test images, which nothing is chosen by."""
+    return evaluate(model, ImageLoader(test, 125)).top1
+
+
+def store(weights: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the JSON anew."""
+    command = "python -m benchmarks.criteria --data-dir DIR --weights FILE"
+    write_result("criteria", {"command": command, "checkpoint": weights.name, "seed": SEED, "rows": rows})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds cifar-10-batches-py")
+    parser.add_argument("--weights", type=Path, required=True, help="the public checkpoint of ResNet56")
+    parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning every cut; 0 for none")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the fine-tuning")
+    main(**vars(parser.parse_args()))

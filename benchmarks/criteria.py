@@ -85,7 +85,7 @@ def cuts(network: nn.Module, train: ImageData, test: ImageData, name: str) -> li
 def recovered(
     network: nn.Module, train: ImageData, test: ImageData, removed: Sequence[str], epochs: int, seed: int
 ) -> float:
-    """Top-1 at the last of `epochs` epochs of `modprune.finetune` with its defaults, the unpruned network as teacher."""
+    """Top-1 after the last epoch of `modprune.finetune` with its defaults, taught by the unpruned network."""
     pruned = PruningPlan(tuple(removed)).apply(copy.deepcopy(network)).to(memory_format=torch.channels_last)
     loader = ImageLoader(train, 128, pad=4, shuffle=True, seed=seed, views=VIEWS)
     finetune(pruned, loader, teacher=CachedTeacher(network, loader), epochs=epochs)

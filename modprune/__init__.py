@@ -4,8 +4,9 @@ from modprune.blocks import Block, Blocks, find_blocks
 from modprune.cost import count_macs, count_params
 from modprune.criteria import BlockScores
 from modprune.curve import ModularityCurve, modularity_curve
+from modprune.distill import CachedTeacher
 from modprune.evaluate import Evaluation, evaluate
-from modprune.finetune import CachedTeacher, finetune
+from modprune.finetune import finetune
 from modprune.graph import modularity
 from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner

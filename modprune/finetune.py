@@ -1,32 +1,27 @@
-"""Fine-tuning: SGD with a cosine schedule, distillation from a teacher, mixed precision, resume, several processes.
-
-Distillation after Hinton et al., "Distilling the Knowledge in a Neural Network" (2015).
-"""
+"""Fine-tuning: SGD with a cosine schedule, distillation from a teacher, mixed precision, resume, several processes."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import is_initialized
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from modprune._inputs import call, device_of, evaluating, first_tensor, split_batch, to_device
+from modprune._inputs import call, device_of, split_batch, to_device
 from modprune.checkpoints import check_empty, load_newest, save_state
-from modprune.data import ImageLoader, set_epoch
+from modprune.data import set_epoch
+from modprune.distill import Teacher, distillation_loss, logits_of, teaching
 from modprune.evaluate import evaluate
-
-Teacher = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,7 @@ def finetune(
     if checkpoints is not None and not resume:
         check_empty(Path(checkpoints))
     run = _Run(model, train_loader, teacher, constants)
-    with _training(model, run.accelerator), _teaching(teacher) as teach:
+    with _training(model, run.accelerator), teaching(teacher) as teach:
         run.prepare()
         if resume:
             load_newest(run.accelerator, Path(str(checkpoints)))
@@ -216,23 +211,6 @@ class _Losses:
         return float(values.double().mean())
 
 
-def distillation_loss(logits: Tensor, labels: Tensor | None, soft: Tensor | None, weight: float, t: float) -> Tensor:
-    """`(1 - weight) * CE + weight * t^2 * KL(teacher || student)` at temperature `t` (Hinton et al. 2015, section 2).
-
-    Args:
-        logits: (B, classes) of the student.
-        labels: (B,) int64; may be None where `weight` is 1.
-        soft: (B, classes) logits of the teacher, or None for plain cross-entropy.
-        weight: of the teacher's term.
-        t: temperature of both.
-    """
-    if soft is None or weight == 0:
-        return _cross_entropy(logits, labels)
-    target, log_student = F.log_softmax(soft.float() / t, 1), F.log_softmax(logits / t, 1)
-    kl = F.kl_div(log_student, target, reduction="batchmean", log_target=True) * t * t
-    return kl if weight == 1 else weight * kl + (1 - weight) * _cross_entropy(logits, labels)
-
-
 def warmup_cosine(step: int, warmup: float, total: int) -> float:
     """Factor of the peak rate at a step: linear up to 1 at `warmup`, then a cosine down to 0 at `total`."""
     if step < warmup:
@@ -248,56 +226,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if device.type == "cpu" and has_amx() else None
 
 
-class CachedTeacher:
-    """A teacher that looks at each augmented image once and remembers its logits.
-
-    Without an accelerator a large teacher costs as much as its student learns. Where the loader's augmentations
-    repeat after `views` epochs, the teacher works in the first `views` epochs only, and both still see the same
-    crop ("consistent" in Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", 2022).
-
-    Args:
-        model: the teacher; left as found.
-        loader: the `ImageLoader` that the student trains on.
-    """
-
-    def __init__(self, model: nn.Module, loader: ImageLoader) -> None:
-        self.model, self.loader = model, loader
-        self._logits: dict[int, Tensor] = {}
-
-    def __call__(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """The teacher's logits (B, classes), float32, for a batch `(images, labels, index)` of the loader."""
-        images, _, index = batch
-        known = self._logits.get(self.loader.view)
-        if known is not None and not known[index].isnan().any():
-            return known[index]
-        with torch.no_grad(), evaluating(self.model):
-            logits = logits_of(self.model(images)).float()
-        if known is None:
-            known = self._logits[self.loader.view] = logits.new_full((len(self.loader.data), logits.shape[1]), math.nan)
-        known[index] = logits
-        return logits
-
-
-def logits_of(output: Any) -> Tensor:
-    """The first tensor of a model's output, taken as its logits."""
-    logits = first_tensor(output)
-    if logits is None:
-        raise ValueError(f"the model returned {type(output).__name__}, which holds no tensor to take as logits")
-    return logits
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
-    if labels is None:
-        raise ValueError("the batches hold no labels: give (inputs, labels) or dicts with 'labels', or distill=1")
-    try:
-        return F.cross_entropy(logits, labels)
-    except IndexError:
-        raise ValueError(
-            f"labels from {labels.min()} to {labels.max()} with {logits.shape[1]} classes: labels lie in "
-            f"0..{logits.shape[1] - 1}; check the data and the model's number of classes"
-        ) from None
-
-
 @contextmanager
 def _training(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Modes as before afterwards, and accelerate's wrapped `forward` taken off again."""
@@ -309,18 +237,3 @@ def _training(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
         model.__dict__.pop("forward", None)
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def _teaching(teacher: nn.Module | Teacher | None) -> Iterator[Teacher | None]:
-    """The teacher as a callable from a batch to logits; a module is in eval mode meanwhile."""
-    if not isinstance(teacher, nn.Module):
-        yield teacher
-        return
-
-    @torch.no_grad()
-    def teach(batch: Any) -> Tensor:
-        return logits_of(call(teacher, split_batch(batch)[0]))
-
-    with evaluating(teacher):
-        yield teach

@@ -15,7 +15,8 @@ from modprune._files import write_text
 from modprune._inputs import device_of
 from modprune.checkpoints import check_empty
 from modprune.data import ImageData, ImageLoader
-from modprune.finetune import CachedTeacher, Recipe, finetune
+from modprune.distill import CachedTeacher
+from modprune.finetune import Recipe, finetune
 from modprune.picture import save_picture
 from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner

@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from modprune.data import ImageLoader, digits
-from modprune.finetune import CachedTeacher, Recipe, distillation_loss, finetune, warmup_cosine
+from modprune.distill import CachedTeacher
+from modprune.finetune import Recipe, finetune, warmup_cosine
 from modprune.models import CifarResNet
 
 module = importlib.import_module("modprune.finetune")  # the package shows the function under that name
@@ -42,15 +42,6 @@ def test_it_learns_and_returns_what_it_measured():
     assert history[-1].lr == pytest.approx(0)
     assert not model.training
     assert "forward" not in model.__dict__
-
-
-def test_the_loss_by_hand():
-    student, teacher, labels = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    p, q = F.softmax(teacher / 2, 1), F.softmax(student / 2, 1)
-    by_hand = 0.7 * 4 * (p * (p / q).log()).sum(1).mean() + 0.3 * F.cross_entropy(student, labels)
-    assert distillation_loss(student, labels, teacher, 0.7, 2.0) == pytest.approx(by_hand.item(), rel=1e-5)
-    assert distillation_loss(student, labels, None, 0.7, 2.0) == F.cross_entropy(student, labels)
-    assert distillation_loss(teacher, None, teacher, 1.0, 2.0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_the_rate_rises_then_falls_to_zero():
@@ -98,24 +89,6 @@ def test_a_run_resumed_with_other_epochs_goes_on_along_their_cosine(tmp_path):
     steps = len(loader())
     expected = [0.1 * warmup_cosine(epoch * steps, steps, 4 * steps) for epoch in (3, 4)]
     assert [epoch.lr for epoch in longer[2:]] == pytest.approx(expected)
-
-
-def test_a_cached_teacher_says_what_the_teacher_says_and_looks_once():
-    teacher, data = network(1).train(), loader(views=2)
-    seen = []
-    hook = teacher.register_forward_hook(lambda *_: seen.append(1))
-    cached = CachedTeacher(teacher, data)
-    for epoch in range(4):
-        data.set_epoch(epoch)
-        for batch in data:
-            logits = cached(batch)
-            if epoch > 1:
-                hook.remove()
-                with torch.no_grad():
-                    assert torch.allclose(logits, copy.deepcopy(teacher).eval()(batch[0]), atol=1e-4)
-    # Each epoch drops what does not fill a batch: 256 = 4 x 64, so all is seen in two views.
-    assert len(seen) == 8
-    assert teacher.training
 
 
 def test_a_torch_dataloader_of_dicts_and_a_module_as_teacher():

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 MODEL_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 DATA_NAMES = ("cifar10", "digits")
+CRITERION_NAMES = (
+    *("modularity", "linear_probe", "dbp", "cka", "block_influence", "ablation", "taylor", "l1_norm", "bn_scale"),
+    *("consensus", "random"),
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,6 +69,10 @@ Count = Annotated[int | None, typer.Option("--blocks", min=1, help="How many blo
 Width = Annotated[
     float | None,
     typer.Option(help="Fraction of channels to cut inside the blocks that stay, by torch-pruning.", callback=_fraction),
+]
+Criterion = Annotated[
+    str,
+    typer.Option(help=f"What scores the blocks: {', '.join(CRITERION_NAMES)}.", callback=_one_of(CRITERION_NAMES)),
 ]
 Seed = Annotated[int, typer.Option(help="Of calibration images, their order and augmentation.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one.")]
@@ -132,8 +140,8 @@ def curve(
 @app.command()
 def plan(
     model: Model, weights: Weights, data: Data = "cifar10", data_dir: DataDir = Path("data"), flops: Flops = None,
-    params: Params = None, count: Count = None, width: Width = None, seed: Seed = 0, device: Device = "auto",
-    json_: Json = None,
+    params: Params = None, count: Count = None, width: Width = None, criterion: Criterion = "modularity",
+    seed: Seed = 0, device: Device = "auto", json_: Json = None,
 ) -> None:  # fmt: skip
     """Choose the blocks to remove; nothing is changed. The JSON is the plan that PruningPlan.from_json reads."""
     import torch
@@ -145,7 +153,9 @@ def plan(
     network, train = _loaded(model, weights, device), _data(data, data_dir, train=True)
     loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=_device(device))
     example = torch.zeros(1, *train.images.shape[1:])
-    pruner = ModularityPruner(network, example, loader, flops=flops, params=params, blocks=count, width=width)
+    pruner = ModularityPruner(
+        network, example, loader, criterion, flops=flops, params=params, blocks=count, width=width
+    )
     chosen = pruner.plan()
     for name, score in chosen.scores.items():
         print(f"{name:<12} {score:+.4f}  {'remove' if name in chosen.remove else ''}".rstrip())
@@ -161,7 +171,7 @@ def plan(
 def prune(
     model: Model, weights: Weights, out: Annotated[Path, typer.Option(help="Folder for all results.")],
     data: Data = "cifar10", data_dir: DataDir = Path("data"), flops: Flops = None, params: Params = None,
-    count: Count = None, width: Width = None,
+    count: Count = None, width: Width = None, criterion: Criterion = "modularity",
     epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 stops before it.")] = 40,
     lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 0.1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
@@ -170,7 +180,7 @@ def prune(
 ) -> None:  # fmt: skip
     """The whole job: measure, plan, remove, fine-tune with the unpruned network as teacher, report.
 
-    Writes plan.json, curve.json, curve.png, model.safetensors, report.json and report.md to --out.
+    Writes plan.json, curve.json and curve.png (of modularity), model.safetensors, report.json and report.md to --out.
     """
     from modprune.finetune import Recipe
     from modprune.job import prune_job
@@ -182,8 +192,8 @@ def prune(
     pad = 4 if data == "cifar10" else 1
     try:
         report = prune_job(
-            network, train, test, out, flops=flops, params=params, blocks=count, width=width, recipe=recipe,
-            batch_size=batch_size, pad=pad, seed=seed, resume=resume,
+            network, train, test, out, flops=flops, params=params, blocks=count, width=width,
+            criterion=criterion, recipe=recipe, batch_size=batch_size, pad=pad, seed=seed, resume=resume,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("modprune: interrupted; the same command with --resume goes on", file=sys.stderr)

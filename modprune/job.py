@@ -14,6 +14,7 @@ from torch import nn
 from modprune._files import write_text
 from modprune._inputs import device_of
 from modprune.checkpoints import check_empty
+from modprune.criteria import Criterion
 from modprune.data import ImageData, ImageLoader
 from modprune.distill import CachedTeacher
 from modprune.finetune import Recipe, finetune
@@ -37,6 +38,7 @@ def prune_job(
     params: float | None = None,
     blocks: int | None = None,
     width: float | None = None,
+    criterion: str | Criterion = "modularity",
     recipe: Recipe | None = None,
     batch_size: int = 128,
     pad: int = 4,
@@ -45,15 +47,16 @@ def prune_job(
 ) -> Report:
     """Prune an image classifier and recover it; the original stays as it was.
 
-    Writes to `out`: `plan.json`, `curve.json`, `curve.png`, `history.json`, `model.safetensors`, `report.json`,
-    `report.md`; while it trains also `checkpoints/`. Files are whole or not there at any moment.
+    Writes to `out`: `plan.json`, `curve.json` and `curve.png` (if blocks are chosen by modularity), `history.json`,
+    `model.safetensors`, `report.json`, `report.md`; while it trains also `checkpoints/`. Files are whole or not there
+    at any moment.
 
     Args:
         model: on the device to work on.
         train: for calibration and fine-tuning; nothing is chosen by `test`, which the report is measured on.
         test: as `train`.
         out: a folder, made if needed.
-        flops, params, blocks, width: the budget, see `ModularityPruner`.
+        flops, params, blocks, width, criterion: see `ModularityPruner`.
         recipe: of the fine-tuning; None leaves it out.
         batch_size, pad: of the training images, see `ImageLoader`.
         seed: of calibration images, order and augmentation.
@@ -70,7 +73,8 @@ def prune_job(
     example = torch.zeros(1, *train.images.shape[1:], device=device)
     plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
     if plan is None:
-        plan = _measure(model, train, out, example, seed, flops=flops, params=params, blocks=blocks, width=width)
+        budget = {"flops": flops, "params": params, "blocks": blocks, "width": width}
+        plan = _measure(model, train, out, example, seed, criterion, **budget)
     pruned = plan.apply(copy.deepcopy(model), example)
     if recipe is not None:
         loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device, views=VIEWS)
@@ -81,16 +85,23 @@ def prune_job(
     report = compare(model, pruned, example, ImageLoader(test, 100, device=device))
     save(pruned, out / "model.safetensors")
     report.to_json(out / "report.json")
-    write_text(out / "report.md", f"# Pruned by modularity\n\n{report.to_markdown()}\n{_story(plan)}")
+    picture = "\n![curve](curve.png)\n" if (out / "curve.png").exists() else ""
+    write_text(out / "report.md", f"# Pruned by {plan.criterion}\n\n{report.to_markdown()}\n{_story(plan)}{picture}")
     shutil.rmtree(checkpoints, ignore_errors=True)
     return report
 
 
 def _measure(
-    model: nn.Module, train: ImageData, out: Path, example: torch.Tensor, seed: int, **budget: float | int | None
+    model: nn.Module,
+    train: ImageData,
+    out: Path,
+    example: torch.Tensor,
+    seed: int,
+    criterion: str | Criterion,
+    **budget: float | int | None,
 ) -> PruningPlan:
     loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=device_of(model))
-    pruner = ModularityPruner(model, example, loader, **budget)  # type: ignore[arg-type]
+    pruner = ModularityPruner(model, example, loader, criterion, **budget)
     plan = pruner.plan()
     if pruner.scores is not None and pruner.scores.curve is not None:
         curve = pruner.scores.curve
@@ -102,4 +113,4 @@ def _measure(
 
 def _story(plan: PruningPlan) -> str:
     names = ", ".join(f"`{name}`" for name in plan.remove)
-    return f"Removed {len(plan.remove)} blocks by {plan.criterion}: {names}.\n\n![curve](curve.png)\n"
+    return f"Removed {len(plan.remove)} blocks by {plan.criterion}: {names}.\n"

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from modprune import PruningPlan
+from modprune.cli import CRITERION_NAMES
+from modprune.criteria import CRITERIA
 from modprune.models import resnet20
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -79,8 +82,13 @@ def test_blocks_curve_and_plan_write_json(weights, tmp_path):
     assert "layer3.2" in text
     assert len(json.loads((tmp_path / "c.json").read_text())["layers"]) == 10
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
-    run("plan", *shared, "--blocks", 2, "--json", tmp_path / "p.json")
-    assert len(json.loads((tmp_path / "p.json").read_text())["remove"]) == 2
+    run("plan", *shared, "--blocks", 2, "--criterion", "l1_norm", "--json", tmp_path / "p.json")
+    plan = PruningPlan.from_json(tmp_path / "p.json")
+    assert (len(plan.remove), plan.criterion) == (2, "l1_norm")
+
+
+def test_criteria_are_those_of_the_library():
+    assert tuple(CRITERIA) == CRITERION_NAMES
 
 
 @pytest.mark.parametrize(
@@ -89,6 +97,7 @@ def test_blocks_curve_and_plan_write_json(weights, tmp_path):
         (["blocks", "--model", "resnet57"], 2, "'resnet57' is unknown: give one of resnet20"),
         (["plan", "--model", "resnet20", "--weights", "w", "--flops", "1.5"], 2, "1.5 is no fraction"),
         (["plan", "--model", "resnet20", "--weights", "w"], 2, "say how much to remove"),
+        (["plan", "--model", "resnet20", "--weights", "w", "--criterion", "q"], 2, "'q' is unknown: give one of modul"),
         (["plan", "--model", "resnet20", "--weights", "w", "--flops", "0.5"], 1, "modprune: w: no such file"),
         (
             ["evaluate", "--model", "none.safetensors", "--data", "digits"],

@@ -73,8 +73,11 @@ def prune_job(
     example = torch.zeros(1, *train.images.shape[1:], device=device)
     plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
     if plan is None:
-        budget = {"flops": flops, "params": params, "blocks": blocks, "width": width}
-        plan = _measure(model, train, out, example, seed, criterion, **budget)
+        calibration = ImageLoader(train, 100, shuffle=True, seed=seed, device=device)
+        pruner = ModularityPruner(
+            model, example, calibration, criterion, flops=flops, params=params, blocks=blocks, width=width
+        )
+        plan = _measure(pruner, out)
     pruned = plan.apply(copy.deepcopy(model), example)
     if recipe is not None:
         loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device, views=VIEWS)
@@ -91,17 +94,7 @@ def prune_job(
     return report
 
 
-def _measure(
-    model: nn.Module,
-    train: ImageData,
-    out: Path,
-    example: torch.Tensor,
-    seed: int,
-    criterion: str | Criterion,
-    **budget: float | int | None,
-) -> PruningPlan:
-    loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=device_of(model))
-    pruner = ModularityPruner(model, example, loader, criterion, **budget)
+def _measure(pruner: ModularityPruner, out: Path) -> PruningPlan:
     plan = pruner.plan()
     if pruner.scores is not None and pruner.scores.curve is not None:
         curve = pruner.scores.curve

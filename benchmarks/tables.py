@@ -54,7 +54,7 @@ def headline() -> str:
     planned = run["recipe"]["epochs"]
     state = f"{epochs} epochs" if epochs == planned else f"stopped after {epochs} of {planned} epochs, for want of time"
     if run.get("epochs_on_another_schedule"):
-        state += f", of which the first {run['epochs_on_another_schedule']} on the schedule of a longer run"
+        state += f", of which the first {run['epochs_on_another_schedule']} on the schedules of other lengths"
     blocks = f"{len(run['removed'])} of {len(run['scores'])} blocks removed"
     note = f"{blocks}; {state}; one seed; on {cpu}; FLOPs as fvcore counts."
     return "\n".join([*lines, "", note])

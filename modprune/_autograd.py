@@ -36,8 +36,8 @@ Edge = tuple[Any, int]
 def traceable(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode with gradients for all it holds.
 
-    Modes, RNG, `requires_grad`, buffers and plain attributes come back: what a module cached meanwhile would hold on to
-    a graph, and could not be copied.
+    Modes, RNG, `requires_grad` and buffers come back, and so does what stood where a module now caches a value that
+    holds on to a graph: such a module could not be copied.
     """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -65,17 +65,18 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
-    now = vars(module)
-    for name in [name for name in now if name not in _TORCHS_OWN and name not in before]:
-        del now[name]
-    for name, value in before.items():
-        if type(value) is dict and type(now.get(name)) is dict:
-            now[name].clear()
-            now[name].update(value)
-        elif type(value) is list and type(now.get(name)) is list:
-            now[name][:] = value
+    for name, value in [*vars(module).items()]:
+        if name in _TORCHS_OWN or not differentiable_tensors(value):
+            continue
+        if name not in before:
+            delattr(module, name)
+        elif type(value) is type(before[name]) is dict:
+            value.clear()
+            value.update(before[name])
+        elif type(value) is type(before[name]) is list:
+            value[:] = before[name]
         else:
-            now[name] = value
+            setattr(module, name, before[name])
 
 
 def first_line(error: Exception) -> str:

@@ -122,7 +122,8 @@ def test_what_a_module_caches_in_a_traced_pass_does_not_stay():
     copy.deepcopy(model)
     assert model.by_device is by_device
     assert model.history is history
-    assert (by_device, history, model.last, model.passes, hasattr(model, "extra")) == ({"old": 1}, [], None, 0, False)
+    assert (by_device, history, model.last, hasattr(model, "extra")) == ({"old": 1}, [], None, False)
+    assert model.passes == 1  # a number holds on to nothing; sizes that change inside are meant to
 
 
 def test_a_buffer_is_not_written_to_if_nothing_changed_it():

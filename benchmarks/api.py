@@ -11,6 +11,7 @@ from pathlib import Path
 
 import modprune
 from modprune._files import write_text
+from modprune.criteria import CRITERIA
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 
@@ -18,8 +19,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 def page() -> str:
     """The page as Markdown."""
     parts = ["# API", "", "Made from the docstrings by `python -m benchmarks.api`.", ""]
-    for name in modprune.__all__:
-        thing = getattr(modprune, name)
+    things = {name: getattr(modprune, name) for name in modprune.__all__}
+    things |= {f"criteria.{made.__name__}": made for made in CRITERIA.values()}
+    for name, thing in things.items():
         parts += [f"## {_title(name, thing)}", "", *_text(thing)]
         if inspect.isclass(thing):
             for member, value in vars(thing).items():

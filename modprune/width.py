@@ -48,7 +48,10 @@ def choose_cuts(
     layers = {layer for layer in inner_layers(trial, blocks, example_inputs) if layer not in keep}
     cuts = prune_channels(trial, example_inputs, ratio, layers) if layers else []
     if not cuts:
-        raise ValueError(f"width={ratio}: {type(model).__name__} has no channels inside its blocks that can go alone")
+        raise ValueError(
+            f"width={ratio}: {type(model).__name__} has no channels inside its blocks that can go alone: "
+            "shortcuts carry them, or they are split, joined or normalised with others"
+        )
     return tuple(cuts)
 
 

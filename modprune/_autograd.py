@@ -60,13 +60,15 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes that are no part of torch's own state; dicts and lists as they are now."""
-    plain = {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
+    now = vars(module)
+    plain = {name: now[name] for name in now.keys() - _TORCHS_OWN}
     return {name: copy.copy(value) if type(value) in (dict, list) else value for name, value in plain.items()}
 
 
 def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
-    for name, value in [*vars(module).items()]:
-        if name in _TORCHS_OWN or not differentiable_tensors(value):
+    for name in vars(module).keys() - _TORCHS_OWN:
+        value = getattr(module, name)
+        if not differentiable_tensors(value):
             continue
         if name not in before:
             delattr(module, name)

@@ -7,6 +7,7 @@ a list for each network.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -225,15 +226,20 @@ def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) 
 def _describe(
     model: nn.Module, seen: Call, kind: str, stays: set[int], own: dict[str, list[nn.Parameter]], macs: dict[str, int]
 ) -> Block:
-    roots = [seen.name, norm_after(model, seen.name)] if kind == "plain" else [seen.name]
-    inside = {name: ps for name, ps in own.items() if any(name == r or name.startswith(f"{r}.") for r in roots)}
-    shared = {id(p) for name, ps in own.items() if name not in inside for p in ps}
-    going = {id(p): p.numel() for ps in inside.values() for p in ps if id(p) not in stays | shared}
+    roots = [seen.name]
+    if kind == "plain" and (norm := norm_after(model, seen.name)):
+        roots.append(norm)
+    names = [name for root in roots for name, _ in model.get_submodule(root).named_modules(prefix=root)]
+    inside = {name: own[name] for name in names if name in own}
+    here = Counter(id(p) for ps in inside.values() for p in ps)
+    everywhere = Counter(id(p) for ps in own.values() for p in ps if id(p) in here)
+    going = {id(p): p.numel() for ps in inside.values() for p in ps if id(p) not in stays}
+    freed = sum(size for key, size in going.items() if here[key] == everywhere[key])
     staying = {name for name, ps in inside.items() if any(id(p) in stays for p in ps)}
     alone = sum(macs[name] - sum(macs[child] for child in _children(model, name)) for name in staying)
     layers = tuple(name for name, ps in inside.items() if ps and name not in staying)
     exact = kind == "identity" and _gives_input_back(seen)
-    return Block(seen.name, kind, sum(going.values()), macs[seen.name] - alone, layers, exact, seen.outputs)
+    return Block(seen.name, kind, freed, macs[seen.name] - alone, layers, exact, seen.outputs)
 
 
 def _children(model: nn.Module, name: str) -> list[str]:

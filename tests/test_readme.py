@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from benchmarks.api import PAGE, page
-from benchmarks.tables import README, filled
+from benchmarks.tables import README, ZOO_PAGE, filled, zoo
 
 TEXT = README.read_text()
 
@@ -23,6 +23,7 @@ def test_the_quickstart_runs(tmp_path, monkeypatch, capsys):
 def test_tables_are_made_from_the_results():
     assert filled(TEXT) == TEXT
     assert TEXT.count("\n") < 200
+    assert ZOO_PAGE.read_text() == zoo()
 
 
 def test_the_api_page_is_made_from_the_docstrings():

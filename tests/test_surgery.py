@@ -165,7 +165,7 @@ def test_what_a_detector_finds_may_change_in_number_but_not_the_batch():
 
 def test_parameters_that_do_not_fall_as_they_should_are_a_failure(monkeypatch):
     model = network()
-    monkeypatch.setattr(surgery, "_stand_ins", lambda model, name, *_: {name: copy.deepcopy(model.layer1[1])})
+    monkeypatch.setattr(surgery, "stand_ins", lambda model, name, *_: {name: copy.deepcopy(model.layer1[1])})
     with pytest.raises(RuntimeError, match=r"removing layer1.0 .*269,722 parameters are left where 265,050 at most"):
         remove_blocks(model, ["layer1.0"], outputs=[()], example_inputs=X)
     assert not removed_blocks(model).remove

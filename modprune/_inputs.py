@@ -6,7 +6,7 @@ torch-pruning. A batch is `(inputs, labels, ...)` or a dict that holds `labels`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,6 +105,25 @@ def _cut(value: Any, start: int, stop: int) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_cut(item, start, stop) for item in value)
     return value
+
+
+def join(pieces: Sequence[Any]) -> Any:
+    """Inputs of one form as a single batch: what `take` took apart.
+
+    Raises:
+        RuntimeError: if their tensors are of several sizes.
+    """
+    first = pieces[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(pieces)) if first.ndim else first
+    if isinstance(first, dict):
+        return {key: join([piece[key] for piece in pieces]) for key in first}
+    if isinstance(first, (tuple, list)):
+        columns = [[piece[i] for piece in pieces] for i in range(len(first))]
+        return type(first)(
+            [image for images in c for image in images] if _is_list_of_tensors(c[0]) else join(c) for c in columns
+        )
+    return first
 
 
 def _is_list_of_tensors(value: Any) -> bool:

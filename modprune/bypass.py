@@ -50,8 +50,8 @@ def _notes(module: nn.Module) -> dict[str, Any]:
 class Copy(nn.Module):
     """Gives a copy back: an activation in place that comes next must not write into what gradients need.
 
-    >>> Copy()(torch.ones(2))
-    tensor([1., 1.])
+    >>> Copy()(nn.Parameter(Tensor([1.0]))).tolist()
+    [1.0]
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modprune._inputs import batch_size, call, device_of, evaluating, first_tensor, split_batch, take, to_device
+from modprune._inputs import (
+    batch_size,
+    call,
+    device_of,
+    evaluating,
+    first_tensor,
+    join,
+    split_batch,
+    take,
+    to_device,
+)
 from modprune.graph import inner_products
 
 GIB = 2**30
@@ -47,12 +57,23 @@ def draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
         drawn += 1
     if drawn == repeats:
         return
-    pool = [(take(x, i, i + 1), y[i : i + 1]) for x, y in map(_labelled, loader) for i in range(len(y))]
+    batches = list(map(_labelled, loader))
+    pool = [(take(x, i, i + 1), y[i : i + 1]) for x, y in batches for i in range(len(y))]
+    size = max((len(y) for _, y in batches), default=1)
     if len(pool) < samples:
         raise ValueError(f"the loader holds {len(pool)} samples, {samples} are asked for: pass samples={len(pool)}")
     for repeat in range(drawn, repeats):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(repeat))
-        yield [pool[i] for i in order[:samples].tolist()]
+        chosen = [pool[i] for i in order[:samples].tolist()]
+        yield [piece for start in range(0, samples, size) for piece in _joined(chosen[start : start + size])]
+
+
+def _joined(pieces: Sample) -> Sample:
+    """The pieces as one batch, or as they are where their sizes differ."""
+    try:
+        return [(join([inputs for inputs, _ in pieces]), torch.cat([labels for _, labels in pieces]))]
+    except RuntimeError:
+        return pieces
 
 
 class LayerGrams:

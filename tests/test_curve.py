@@ -87,6 +87,12 @@ def test_samples_are_disjoint_then_random_but_the_same_each_time():
     assert sets[2] != sets[3]
 
 
+def test_random_samples_come_in_batches_where_their_sizes_allow():
+    assert [len(labels) for _, labels in [*draw(loader(40, batch=10), 30, 2)][1]] == [10, 10, 10]
+    ragged = [(torch.ones(4, 3 + i), torch.arange(4)) for i in range(3)]
+    assert {len(labels) for _, labels in [*draw(ragged, 8, 2)][1]} == {1}
+
+
 def test_the_model_is_left_as_found():
     model = network().train()
     model.layer2.eval()
@@ -120,7 +126,7 @@ def test_one_class_nan_and_missing_labels_are_errors():
     model = network()
     with pytest.raises(ValueError, match="of one class"):
         modularity_curve(model, loader(60, classes=1), samples=60, repeats=1)
-    with pytest.raises(ValueError, match=r"gives no labels.*block_influence.*needs none"):
+    with pytest.raises(ValueError, match=r"gives no labels.*block_influence.*need none"):
         modularity_curve(model, [torch.zeros(60, 3, 8, 8)], samples=60, repeats=1)
     with torch.no_grad():
         model.layer2[1].bn2.bias.fill_(torch.nan)

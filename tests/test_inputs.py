@@ -1,0 +1,45 @@
+"""Inputs of every form are counted, taken apart and put together again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._pytree import tree_all, tree_map
+
+from modprune._inputs import batch_size, join, split_batch, take
+
+X, MASK = torch.arange(12.0).view(4, 3), torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        X,
+        (X,),
+        [X, MASK],
+        (X, {"mask": MASK, "scale": torch.tensor(2.0)}, "text", None),
+        {"x": X, "pair": (MASK, X)},
+        ([torch.ones(3, size, size) for size in (2, 5, 3, 4)],),
+    ],
+    ids=["tensor", "tuple", "list", "nested", "dict", "detector"],
+)
+def test_what_is_taken_apart_joins_to_the_same(inputs):
+    assert batch_size(inputs) == 4
+    joined = join([take(inputs, 0, 1), take(inputs, 1, 3), take(inputs, 3, 4)])
+    same = tree_map(lambda a, b: torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, inputs, joined)
+    assert tree_all(bool, same)
+
+
+def test_several_sizes_do_not_join():
+    with pytest.raises(RuntimeError):
+        join([torch.ones(1, 3), torch.ones(1, 4)])
+
+
+def test_a_batch_is_split_from_its_labels():
+    for batch in ((X, [0, 1, 2, 3], "index"), {"x": X, "labels": torch.arange(4)}):
+        inputs, labels = split_batch(batch)
+        assert torch.equal(labels, torch.arange(4))
+        assert torch.equal(inputs["x"] if isinstance(inputs, dict) else inputs, X)
+    assert split_batch(X)[1] is None
+    with pytest.raises(ValueError, match="a batch of type str is not understood"):
+        split_batch("x")

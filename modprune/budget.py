@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Integral, Real
 
@@ -21,12 +21,13 @@ class Candidate:
     score: float
     macs: int
     params: int
+    nanoseconds: int = 0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What must go, at least: fractions of the whole model's MACs (`flops`) and parameters (`params`), both between 0
-    and 1, and exactly how many `blocks`. At least one of the three is given.
+    """What must go, at least: fractions between 0 and 1 of the whole model's MACs (`flops`) or of its time (`latency`),
+    and of its parameters (`params`), and exactly how many `blocks`. At least one of the four is given.
 
     >>> Budget(flops=1.2)
     Traceback (most recent call last):
@@ -36,16 +37,19 @@ class Budget:
     flops: float | None = None
     params: float | None = None
     blocks: int | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("flops", "params"):
+        for name in ("flops", "params", "latency"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and 0 < float(value) < 1):
                 raise ValueError(f"{name}={value!r}: a fraction between 0 and 1 is needed, such as 0.6 for 60 %")
         if self.blocks is not None and not (isinstance(self.blocks, Integral) and self.blocks >= 1):
             raise ValueError(f"blocks={self.blocks!r}: a whole number of at least 1 is needed")
-        if self.flops is None and self.params is None and self.blocks is None:
-            raise ValueError("no budget: give flops=, params= or blocks=, how much must go")
+        if self.flops is None and self.params is None and self.blocks is None and self.latency is None:
+            raise ValueError("no budget: give flops=, latency=, params= or blocks=, how much must go")
+        if self.flops is not None and self.latency is not None:
+            raise ValueError(f"flops={self.flops} and latency={self.latency}: give one of the two")
 
 
 # A choice among the groups looked at so far: summed score, MACs and parameters freed, and minus the sum of 2**position,
@@ -53,18 +57,20 @@ class Budget:
 _State = tuple[int, int, int, int]
 
 
-def choose(candidates: Sequence[Candidate], budget: Budget, total_macs: int, total_params: int) -> tuple[str, ...]:
+def choose(
+    candidates: Sequence[Candidate], budget: Budget, total_macs: int, total_params: int, total_nanoseconds: int = 0
+) -> tuple[str, ...]:
     """Names, in the given order, of the set with the smallest summed score that meets the budget.
 
     Exact, by dynamic programming over groups of equal cost with dominated choices dropped; scores are summed as
     integers of one unit, so no rounding decides. Equal scores are broken by the least cost freed beyond need (MACs,
-    then parameters), then the deeper blocks go. A block with a negative score improves the sum: it goes even where the
-    budget is met without it.
+    or time where that is the budget, then parameters), then the deeper blocks go. A block with a negative score
+    improves the sum: it goes even where the budget is met without it.
 
     Args:
         candidates: in forward order.
         budget: what must go.
-        total_macs, total_params: of the whole model, what the fractions refer to.
+        total_macs, total_params, total_nanoseconds: of the whole model, what the fractions refer to.
 
     Raises:
         ValueError: if a score is not finite, or no set can meet the budget; says the most that can be had.
@@ -72,7 +78,9 @@ def choose(candidates: Sequence[Candidate], budget: Budget, total_macs: int, tot
     bad = [c.name for c in candidates if not math.isfinite(c.score)]
     if bad:
         raise ValueError(f"the score of {bad[0]} is not a finite number: check the criterion")
-    need = _needed(budget.flops, total_macs), _needed(budget.params, total_params)
+    if budget.latency is not None:  # it takes the place of the MACs
+        candidates, total_macs = [replace(c, macs=c.nanoseconds) for c in candidates], total_nanoseconds
+    need = _needed(budget.flops or budget.latency, total_macs), _needed(budget.params, total_params)
     _check_reachable(candidates, budget, need, total_macs, total_params)
     groups = [_prefixes(group, candidates) for group in _groups(candidates)]
     most = [group[-1] for group in groups]
@@ -152,7 +160,7 @@ def _check_reachable(
     if macs < need[0] or params < need[1]:
         raise ValueError(
             f"{_wanted(budget)} cannot be met: all {len(candidates)} blocks that can go free "
-            f"{_most(macs, params, total_macs, total_params)}"
+            f"{_most(budget, macs / max(total_macs, 1), params / max(total_params, 1))}"
         )
 
 
@@ -162,14 +170,15 @@ def _too_few(candidates: Sequence[Candidate], budget: Budget, total_macs: int, t
     params = sum(sorted(c.params for c in candidates)[-count:])
     return (
         f"no {budget.blocks} blocks free {_wanted(budget)}: so many free at most "
-        f"{_most(macs, params, total_macs, total_params)}; ask for more blocks or smaller fractions"
+        f"{_most(budget, macs / max(total_macs, 1), params / max(total_params, 1))}; "
+        "ask for more blocks or smaller fractions"
     )
 
 
-def _most(macs: int, params: int, total_macs: int, total_params: int) -> str:
-    return f"{macs / max(total_macs, 1):.1%} of the MACs and {params / max(total_params, 1):.1%} of the parameters"
+def _most(budget: Budget, first: float, params: float) -> str:
+    return f"{first:.1%} of the {'MACs' if budget.latency is None else 'time'} and {params:.1%} of the parameters"
 
 
 def _wanted(budget: Budget) -> str:
-    given = {"flops": budget.flops, "params": budget.params}
+    given = {"flops": budget.flops, "latency": budget.latency, "params": budget.params}
     return " and ".join(f"{name}={value}" for name, value in given.items() if value is not None)

@@ -65,6 +65,12 @@ Data = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATA_NAMES)}.", c
 DataDir = Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-py; digits need none.")]
 Flops = Annotated[float | None, typer.Option(help="Fraction of MACs to remove, at least.", callback=_fraction)]
 Params = Annotated[float | None, typer.Option(help="Fraction of parameters to remove, at least.", callback=_fraction)]
+Latency = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of the time to remove, at least, as measured here; not with --flops.", callback=_fraction
+    ),
+]
 Count = Annotated[int | None, typer.Option("--blocks", min=1, help="How many blocks to remove, exactly.")]
 Width = Annotated[
     float | None,
@@ -140,8 +146,8 @@ def curve(
 @app.command()
 def plan(
     model: Model, weights: Weights, data: Data = "cifar10", data_dir: DataDir = Path("data"), flops: Flops = None,
-    params: Params = None, count: Count = None, width: Width = None, criterion: Criterion = "modularity",
-    seed: Seed = 0, device: Device = "auto", json_: Json = None,
+    params: Params = None, count: Count = None, latency: Latency = None, width: Width = None,
+    criterion: Criterion = "modularity", seed: Seed = 0, device: Device = "auto", json_: Json = None,
 ) -> None:  # fmt: skip
     """Choose the blocks to remove; nothing is changed. The JSON is the plan that PruningPlan.from_json reads."""
     import torch
@@ -149,19 +155,21 @@ def plan(
     from modprune import ModularityPruner
     from modprune.data import ImageLoader
 
-    _need_budget(flops, params, count)
+    _need_budget(flops, params, count, latency)
     network, train = _loaded(model, weights, device), _data(data, data_dir, train=True)
     loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=_device(device))
     example = torch.zeros(1, *train.images.shape[1:])
     pruner = ModularityPruner(
-        network, example, loader, criterion, flops=flops, params=params, blocks=count, width=width
-    )
+        network, example, loader, criterion,
+        flops=flops, params=params, blocks=count, latency=latency, width=width,
+    )  # fmt: skip
     chosen = pruner.plan()
     for name, score in chosen.scores.items():
         print(f"{name:<12} {score:+.4f}  {'remove' if name in chosen.remove else ''}".rstrip())
     freed = chosen.freed
     channels = f" and {sum(len(c) for _, c in chosen.width)} channels" if chosen.width else ""
-    share = f"{freed['flops']:.2%} of the MACs, {freed['params']:.2%} of the parameters"
+    units = {"flops": "MACs", "params": "parameters", "latency": "time"}
+    share = ", ".join(f"{value:.2%} of the {units[name]}" for name, value in freed.items())
     print(f"{len(chosen.remove)} blocks{channels} go: {share}")
     if json_ is not None:
         chosen.to_json(json_)
@@ -171,7 +179,7 @@ def plan(
 def prune(
     model: Model, weights: Weights, out: Annotated[Path, typer.Option(help="Folder for all results.")],
     data: Data = "cifar10", data_dir: DataDir = Path("data"), flops: Flops = None, params: Params = None,
-    count: Count = None, width: Width = None, criterion: Criterion = "modularity",
+    count: Count = None, latency: Latency = None, width: Width = None, criterion: Criterion = "modularity",
     epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 stops before it.")] = 40,
     lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 0.1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
@@ -185,14 +193,14 @@ def prune(
     from modprune.finetune import Recipe
     from modprune.job import prune_job
 
-    _need_budget(flops, params, count)
+    _need_budget(flops, params, count, latency)
     network = _loaded(model, weights, device)
     train, test = _data(data, data_dir, train=True), _data(data, data_dir, train=False)
     recipe = Recipe(epochs=epochs, lr=lr) if epochs else None
     pad = 4 if data == "cifar10" else 1
     try:
         report = prune_job(
-            network, train, test, out, flops=flops, params=params, blocks=count, width=width,
+            network, train, test, out, flops=flops, params=params, blocks=count, latency=latency, width=width,
             criterion=criterion, recipe=recipe, batch_size=batch_size, pad=pad, seed=seed, resume=resume,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -232,9 +240,9 @@ def main() -> None:
         sys.exit(1)
 
 
-def _need_budget(flops: float | None, params: float | None, count: int | None) -> None:
-    if flops is None and params is None and count is None:
-        raise typer.BadParameter("say how much to remove: --flops, --params or --blocks")
+def _need_budget(*budgets: float | None) -> None:
+    if all(budget is None for budget in budgets):
+        raise typer.BadParameter("say how much to remove: --flops, --latency, --params or --blocks")
 
 
 def _loaded(name: str, weights: Path, device: str) -> nn.Module:

@@ -37,6 +37,7 @@ def prune_job(
     flops: float | None = None,
     params: float | None = None,
     blocks: int | None = None,
+    latency: float | None = None,
     width: float | None = None,
     criterion: str | Criterion = "modularity",
     recipe: Recipe | None = None,
@@ -56,7 +57,7 @@ def prune_job(
         train: for calibration and fine-tuning; nothing is chosen by `test`, which the report is measured on.
         test: as `train`.
         out: a folder, made if needed.
-        flops, params, blocks, width, criterion: see `ModularityPruner`.
+        flops, params, blocks, latency, width, criterion: see `ModularityPruner`.
         recipe: of the fine-tuning; None leaves it out.
         batch_size, pad: of the training images, see `ImageLoader`.
         seed: of calibration images, order and augmentation.
@@ -75,8 +76,9 @@ def prune_job(
     if plan is None:
         calibration = ImageLoader(train, 100, shuffle=True, seed=seed, device=device)
         pruner = ModularityPruner(
-            model, example, calibration, criterion, flops=flops, params=params, blocks=blocks, width=width
-        )
+            model, example, calibration, criterion,
+            flops=flops, params=params, blocks=blocks, latency=latency, width=width,
+        )  # fmt: skip
         plan = _measure(pruner, out)
     pruned = plan.apply(copy.deepcopy(model), example)
     if recipe is not None:

@@ -29,7 +29,8 @@ class PruningPlan:
         width: layers by name with the output channels that go from them once the blocks are gone.
         criterion: what scored the blocks.
         scores: the score of every candidate: what is lost if it goes.
-        freed: fractions of the MACs (`flops`) and parameters (`params`) that go.
+        freed: fractions of the MACs (`flops`) and parameters (`params`) that go, and of the time (`latency`) that its
+            blocks took, if that was the budget.
 
     >>> PruningPlan(remove=("layer1.0",)) == PruningPlan.from_json('{"format": 1, "remove": ["layer1.0"]}')
     True

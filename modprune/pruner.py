@@ -12,10 +12,13 @@ from torch import nn
 
 from modprune.blocks import Block, Blocks, find_blocks
 from modprune.budget import Budget, Candidate, choose
-from modprune.cost import count_macs, count_params
+from modprune.cost import count_macs, count_params, latency_by_module, macs_by_module
 from modprune.criteria import BlockScores, Criterion, name_of, resolve
 from modprune.plan import PruningPlan
 from modprune.width import choose_cuts, narrow
+
+# MACs, parameters and nanoseconds of the whole model; the last is 0 where time is no budget.
+_Totals = tuple[int, int, int]
 
 
 class ModularityPruner:
@@ -28,6 +31,8 @@ class ModularityPruner:
         criterion: a name ("modularity", "block_influence", "ablation", ...) or a callable, see `modprune.criteria`.
         flops, params: fractions of MACs and parameters to remove, at least.
         blocks: how many blocks to remove, exactly.
+        latency: fraction of the time of a forward pass to remove, at least, in place of `flops`: as measured here and
+            now on `example_inputs`, whose batch size counts. Blocks of equal cost are taken to be equally fast.
         width: fraction of the channels to cut afterwards from each layer inside the blocks that stay, by torch-pruning
             (see `modprune.width`); None for none.
         ignored_layers: modules or names that must stay: no block that is one, is inside one or holds one goes.
@@ -56,6 +61,7 @@ class ModularityPruner:
         flops: float | None = None,
         params: float | None = None,
         blocks: int | None = None,
+        latency: float | None = None,
         width: float | None = None,
         ignored_layers: Sequence[nn.Module | str] = (),
         iterative_steps: int = 1,
@@ -65,7 +71,7 @@ class ModularityPruner:
         if width is not None and not 0 < width < 1:
             raise ValueError(f"width={width}: a fraction of the channels between 0 and 1 is needed")
         self.model, self.example_inputs, self.loader = model, example_inputs, loader
-        self.criterion, self.budget = resolve(criterion), Budget(flops, params, blocks)
+        self.criterion, self.budget = resolve(criterion), Budget(flops, params, blocks, latency)
         self.ignored, self.iterative_steps, self.width = _names(model, ignored_layers), iterative_steps, width
         self.scores: BlockScores | None = None
         self._plan: PruningPlan | None = None
@@ -84,17 +90,18 @@ class ModularityPruner:
         return self.plan().apply(self.model, self.example_inputs)
 
     def _make_plan(self) -> PruningPlan:
-        totals = count_macs(self.model, self.example_inputs), count_params(self.model)
-        whole = {block.name: block for block in find_blocks(self.model, self.example_inputs)}
+        blocks = find_blocks(self.model, self.example_inputs)
+        whole = {block.name: block for block in blocks}
+        times = {} if self.budget.latency is None else _nanoseconds(self.model, whole, self.example_inputs)
+        totals = count_macs(self.model, self.example_inputs), count_params(self.model), times.get("", 0)
         gone: list[Candidate] = []
         model = self.model if self.iterative_steps == 1 else copy.deepcopy(self.model)
         for stage in range(1, self.iterative_steps + 1):
-            blocks = find_blocks(model, self.example_inputs)
             if not blocks:
                 raise ValueError(f"{type(model).__name__} has no block that can be removed; refused: {blocks.refused}")
             scores = self.criterion(model, blocks, self.loader)
             self.scores = self.scores or scores
-            candidates = _candidates(blocks, scores, self.ignored)
+            candidates = _candidates(blocks, scores, self.ignored, times)
             left = _left(self.budget, stage / self.iterative_steps, gone, totals)
             if left is None:
                 continue
@@ -102,17 +109,18 @@ class ModularityPruner:
             gone += [candidate for candidate in candidates if candidate.name in names]
             if stage < self.iterative_steps:
                 _plan_for(whole, names).apply(model, self.example_inputs)
+                blocks = find_blocks(model, self.example_inputs)
         chosen = {candidate.name for candidate in gone}
         assert self.scores is not None
         plan = replace(
             _plan_for(whole, [name for name in whole if name in chosen]),
             criterion=name_of(self.criterion),
             scores=self.scores.mean,
-            freed={"flops": sum(c.macs for c in gone) / totals[0], "params": sum(c.params for c in gone) / totals[1]},
+            freed=_freed(gone, totals),
         )
         return plan if self.width is None else self._with_width(plan, self.width, totals)
 
-    def _with_width(self, plan: PruningPlan, width: float, totals: tuple[int, int]) -> PruningPlan:
+    def _with_width(self, plan: PruningPlan, width: float, totals: _Totals) -> PruningPlan:
         """The plan with the channels to cut once its blocks are gone; all on a copy."""
         trial = plan.apply(copy.deepcopy(self.model), self.example_inputs)
         blocks = find_blocks(trial, self.example_inputs)
@@ -120,7 +128,7 @@ class ModularityPruner:
         cuts = choose_cuts(trial, blocks, self.example_inputs, width, ignored)
         narrow(trial, cuts, self.example_inputs)
         left = count_macs(trial, self.example_inputs) / totals[0], count_params(trial) / totals[1]
-        return replace(plan, width=cuts, freed={"flops": 1 - left[0], "params": 1 - left[1]})
+        return replace(plan, width=cuts, freed={**plan.freed, "flops": 1 - left[0], "params": 1 - left[1]})
 
 
 def _plan_for(blocks: Mapping[str, Block], names: Sequence[str]) -> PruningPlan:
@@ -137,23 +145,47 @@ def _same_everywhere(plan: PruningPlan) -> PruningPlan:
     return PruningPlan.from_json(text[0])
 
 
-def _candidates(blocks: Blocks, scores: BlockScores, ignored: frozenset[str]) -> list[Candidate]:
+def _nanoseconds(model: nn.Module, blocks: Mapping[str, Block], example_inputs: Any) -> dict[str, int]:
+    """The time of the model, under "", and what is saved of it by each block; equal blocks get their mean.
+
+    A block whose shortcut stays saves the share of its time that it saves of its MACs.
+    """
+    seconds, macs = latency_by_module(model, list(blocks), example_inputs), macs_by_module(model, example_inputs)
+    saved = {name: seconds[name] * block.macs / max(macs[name], 1) for name, block in blocks.items()}
+    alike: dict[tuple[Any, ...], list[float]] = {}
+    for name, block in blocks.items():
+        alike.setdefault((block.kind, block.macs, block.params), []).append(saved[name])
+    mean = {key: sum(values) / len(values) for key, values in alike.items()}
+    times = {name: mean[block.kind, block.macs, block.params] for name, block in blocks.items()}
+    return {name: round(1e9 * value) for name, value in {"": seconds[""], **times}.items()}
+
+
+def _freed(gone: Sequence[Candidate], totals: _Totals) -> dict[str, float]:
+    freed = {"flops": sum(c.macs for c in gone) / totals[0], "params": sum(c.params for c in gone) / totals[1]}
+    return freed | ({"latency": sum(c.nanoseconds for c in gone) / totals[2]} if totals[2] else {})
+
+
+def _candidates(
+    blocks: Blocks, scores: BlockScores, ignored: frozenset[str], times: Mapping[str, int]
+) -> list[Candidate]:
     missing = [name for name in blocks.names if name not in scores.names]
     if missing:
         raise ValueError(f"the criterion gave no score for block {missing[0]}")
     return [
-        Candidate(block.name, scores.mean[block.name], block.macs, block.params)
+        Candidate(block.name, scores.mean[block.name], block.macs, block.params, times.get(block.name, 0))
         for block in blocks
         if not any(block.name == name or _inside(block.name, name) or _inside(name, block.name) for name in ignored)
     ]
 
 
-def _left(budget: Budget, share: float, gone: Sequence[Candidate], totals: tuple[int, int]) -> Budget | None:
+def _left(budget: Budget, share: float, gone: Sequence[Candidate], totals: _Totals) -> Budget | None:
     """What of `share` of the budget is still to be met after the blocks gone so far; None if nothing."""
-    flops = budget.flops and budget.flops * share - sum(c.macs for c in gone) / totals[0]
-    params = budget.params and budget.params * share - sum(c.params for c in gone) / totals[1]
+    freed = _freed(gone, totals)
+    flops = budget.flops and budget.flops * share - freed["flops"]
+    params = budget.params and budget.params * share - freed["params"]
     blocks = budget.blocks and round(budget.blocks * share) - len(gone)
-    needed = [value if value is not None and value > 0 else None for value in (flops, params, blocks)]
+    latency = budget.latency and budget.latency * share - freed["latency"]
+    needed = [value if value is not None and value > 0 else None for value in (flops, params, blocks, latency)]
     return Budget(*needed) if any(needed) else None  # type: ignore[arg-type]
 
 

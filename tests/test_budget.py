@@ -32,6 +32,16 @@ def test_choice_equals_brute_force(rows, flops, params, blocks):
         assert choose(candidates, budget, macs, count) == expected
 
 
+def test_time_takes_the_place_of_macs():
+    candidates = [Candidate(str(i), i, 10, 10, nanoseconds=5 * (i + 1)) for i in range(4)]
+    assert choose(candidates, Budget(latency=0.3), 100, 100, 100) == ("0", "1", "2")
+    assert choose(candidates, Budget(latency=0.3, blocks=2), 100, 100, 100) == ("1", "3")
+    with pytest.raises(ValueError, match=r"latency=0.6 cannot be met: .* 50.0% of the time and 40.0% of the param"):
+        choose(candidates, Budget(latency=0.6), 100, 100, 100)
+    with pytest.raises(ValueError, match=r"flops=0.5 and latency=0.5: give one of the two"):
+        Budget(flops=0.5, latency=0.5)
+
+
 def test_the_order_in_which_candidates_come_does_not_choose():
     forward = [Candidate(str(i), 0.1 * (i % 3), 10, 10 + i % 2) for i in range(10)]
     chosen = set(choose(forward, Budget(flops=0.4), 120, 200))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from modprune.cost import count_macs, count_params, latency, mac_differences, macs_by_counter, macs_by_module
+from modprune.cost import (
+    count_macs,
+    count_params,
+    latency,
+    latency_by_module,
+    mac_differences,
+    macs_by_counter,
+    macs_by_module,
+)
 from modprune.models import resnet20, resnet56
 
 
@@ -130,6 +140,19 @@ def test_counting_leaves_the_model_as_found():
     assert not model.bn1.weight.requires_grad
     assert torch.equal(model.bn1.running_mean, state)
     assert not any(m._forward_hooks for m in model.modules())
+
+
+class Slow(nn.Linear):
+    def forward(self, x):
+        time.sleep(0.005)
+        return super().forward(x)
+
+
+def test_time_is_told_apart_by_module_and_leaves_no_hook():
+    model = nn.Sequential(nn.Linear(2, 2), Slow(2, 2), nn.Sequential(Slow(2, 2), Slow(2, 2)))
+    times = latency_by_module(model, ["0", "1", "2"], torch.zeros(1, 2), seconds=0.1)
+    assert times[""] > 0.015 > 0.014 > times["2"] > 0.01 > times["1"] > 0.005 > times["0"]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_larger_network_takes_longer():

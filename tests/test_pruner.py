@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from modprune import pruner
 from modprune.blocks import find_blocks
 from modprune.budget import Budget, Candidate
 from modprune.cost import count_macs, count_params
@@ -63,6 +64,27 @@ def test_step_frees_what_the_plan_says():
     assert 1 - count_macs(model, X) / before[0] == pytest.approx(plan.freed["flops"])
     assert 1 - count_params(model) / before[1] == pytest.approx(plan.freed["params"])
     assert plan.freed["flops"] >= 0.4
+
+
+def test_a_budget_of_time(monkeypatch):
+    """Stage 3 takes most of the time, whatever this machine says; equal blocks count alike; a transition's shortcut
+    is not saved.
+    """
+    model = network()
+    takes = {"": 10.0} | {b.name: 2.0 if b.name.startswith("layer3") else 0.1 for b in find_blocks(model, X)}
+    takes["layer1.0"], takes["layer1.1"] = 0.0, 0.2
+    monkeypatch.setattr(pruner, "latency_by_module", lambda *_: takes)
+    plan = ModularityPruner(model, X, loader(), by_name({}), latency=0.35, iterative_steps=2).plan()
+    assert [name[:6] for name in plan.remove] == ["layer3", "layer3"]
+    assert 0.35 <= plan.freed["latency"] <= 0.4
+    assert plan.freed["flops"] < 0.35
+
+
+def test_time_is_measured_where_it_is_the_budget():
+    model = network()
+    plan = ModularityPruner(model, X, loader(), by_name({}), latency=0.2).plan()
+    assert 0.2 <= plan.freed["latency"] < 0.5
+    assert "latency" not in ModularityPruner(model, X, loader(), by_name({}), flops=0.2).plan().freed
 
 
 def test_ignored_layers_stay():

@@ -58,14 +58,27 @@ class CachedTeacher:
         """The teacher's logits (B, classes), float32, for a batch `(images, labels, index)` of the loader."""
         images, _, index = batch
         known = self._logits.get(self.loader.view)
-        if known is not None and not known[index].isnan().any():
-            return known[index]
+        if known is None:
+            return self._ask(images, index)
+        new = known[index].isnan().any(1)
+        if new.any():
+            self._ask(images[new], index[new])
+        return known[index]
+
+    def _ask(self, images: Tensor, index: Tensor) -> Tensor:
         with torch.no_grad(), evaluating(self.model):
             logits = logits_of(self.model(images)).float()
-        if known is None:
-            known = self._logits[self.loader.view] = logits.new_full((len(self.loader.data), logits.shape[1]), math.nan)
-        known[index] = logits
+        empty = logits.new_full((len(self.loader.data), logits.shape[1]), math.nan)
+        self._logits.setdefault(self.loader.view, empty)[index] = logits
         return logits
+
+    def state_dict(self) -> dict[str, dict[int, Tensor]]:
+        """What the teacher has said so far, for a checkpoint: a resumed run need not ask again."""
+        return {"logits": self._logits}
+
+    def load_state_dict(self, state: dict[str, dict[int, Tensor]]) -> None:
+        """What `state_dict` gave."""
+        self._logits = {view: logits.to(self.loader.device) for view, logits in state["logits"].items()}
 
 
 def logits_of(output: Any) -> Tensor:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from modprune._inputs import call, device_of, split_batch, to_device
 from modprune.checkpoints import check_empty, load_newest, save_state
 from modprune.data import set_epoch
-from modprune.distill import Teacher, distillation_loss, logits_of, teaching
+from modprune.distill import CachedTeacher, Teacher, distillation_loss, logits_of, teaching
 from modprune.evaluate import evaluate
 
 
@@ -131,6 +131,7 @@ class _Run:
         self.steps = _steps(loader)
         self.history: list[Epoch] = []
         self.distill = recipe.distill if teacher is not None else 0.0
+        self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         # Somebody else's Accelerator in this process has settled the precision; ours has to follow it.
         precision = None if is_initialized() else ("bf16" if autocast_dtype(self.device) else "no")
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.device.type == "cpu", device_placement=False)
@@ -171,7 +172,8 @@ class _Run:
         return mean, seen * self.accelerator.num_processes / (time.perf_counter() - started)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recipe": asdict(self.recipe), "history": [asdict(epoch) for epoch in self.history]}
+        said = self.cached.state_dict() if self.cached else None
+        return {"recipe": asdict(self.recipe), "history": [asdict(epoch) for epoch in self.history], "teacher": said}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         mine = asdict(self.recipe)
@@ -179,6 +181,8 @@ class _Run:
         if other:
             raise ValueError(f"the checkpoint is of a run with {other}, this one has other values: start a new folder")
         self.history[:] = [Epoch(**epoch) for epoch in state["history"]]
+        if self.cached and state.get("teacher"):
+            self.cached.load_state_dict(state["teacher"])
 
 
 def _steps(loader: Iterable[Any]) -> int:

@@ -41,3 +41,19 @@ def test_a_cached_teacher_says_what_the_teacher_says_and_looks_once():
     # Each epoch drops what does not fill a batch: 256 = 4 x 64, so all is seen in two views.
     assert len(seen) == 8
     assert teacher.training
+
+
+def test_a_cached_teacher_looks_only_at_what_it_has_not_seen():
+    teacher, seen = CifarResNet((1, 1, 1)), []
+    teacher.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    data = ImageLoader(DATA, 96, pad=1, shuffle=True, views=1)  # two batches an epoch: 64 of 256 images are left out
+    cached = CachedTeacher(teacher, data)
+    for epoch in range(12):
+        data.set_epoch(epoch)
+        for batch in data:
+            assert torch.equal(cached(batch), cached(batch))
+    assert sum(seen) == len(DATA)
+    again = CachedTeacher(teacher, data)
+    again.load_state_dict(cached.state_dict())
+    assert torch.equal(again(batch), cached(batch))
+    assert sum(seen) == len(DATA)

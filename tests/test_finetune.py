@@ -82,6 +82,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
         finetune(network(), loader(), epochs=4, lr=0.5, checkpoints=tmp_path, resume=True, progress=False)
 
 
+def test_a_resumed_run_does_not_ask_its_teacher_again(tmp_path):
+    teacher, seen = network(1), []
+    teacher.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    for epochs, asked in ((3, 2 * len(DATA)), (5, 2 * len(DATA))):
+        data = loader(views=2)
+        cached = CachedTeacher(teacher, data)
+        finetune(network(), data, teacher=cached, epochs=epochs, checkpoints=tmp_path, resume=True, progress=False)
+        assert sum(seen) == asked
+
+
 def test_a_run_resumed_with_other_epochs_goes_on_along_their_cosine(tmp_path):
     first = finetune(network(), loader(), epochs=2, checkpoints=tmp_path, progress=False)
     longer = finetune(network(), loader(), epochs=4, checkpoints=tmp_path, resume=True, progress=False)

@@ -314,7 +314,7 @@ def _along_points(
     example = take(split_batch(next(iter(loader)))[0], 0, 1)
     layers, values = points(model, blocks, example), []
     for sample in draw(loader, samples, repeats):
-        labels = torch.cat([labels for _, labels in sample]).numpy()
+        labels = torch.cat([labels for _, labels in sample]).cpu().numpy()
         features = pooled(model, layers, sample)
         values.append([accuracy(features[layer].numpy(), labels) for layer in layers])
     return BlockScores(blocks.names, np.diff(np.array(values), axis=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
     holds on to a graph: such a module could not be copied.
     """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     attributes = {module: _plain_attributes(module) for module in model.modules()}
     try:
         with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
@@ -51,7 +51,8 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
         for parameter in frozen:
             parameter.requires_grad_(False)
         with torch.no_grad():
-            for buffer, value in buffers:
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer  # a pass may have put another in its place
                 if not torch.equal(buffer, value):  # a write, even of the same values, would spoil graphs it is in
                     buffer.copy_(value)
         for module, before in attributes.items():
@@ -194,7 +195,7 @@ def _differentiable(value: Any) -> Any:
     """`value` with gradients for every floating-point tensor in it, so that blocks right at the input are seen too."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_().clone() if value.is_floating_point() else value
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _differentiable(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(_differentiable(item) for item in value)
@@ -295,6 +296,6 @@ def differentiable_tensors(output: Any) -> list[Tensor]:
     """The tensors in a model's output, caches left aside, that depend on a parameter or an input."""
     if isinstance(output, Tensor):
         return [output] if output.grad_fn is not None else []
-    if isinstance(output, dict):
+    if isinstance(output, Mapping):
         output = tuple(output.values())
     return [t for item in output for t in differentiable_tensors(item)] if isinstance(output, (tuple, list)) else []

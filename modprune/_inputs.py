@@ -6,7 +6,7 @@ torch-pruning. A batch is `(inputs, labels, ...)` or a dict that holds `labels`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """`model(inputs)`, with a tuple spread over positional and a dict over keyword arguments."""
-    if isinstance(inputs, dict):
+    """`model(inputs)`, with a tuple spread over positional and a mapping over keyword arguments."""
+    if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
@@ -31,21 +31,30 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor inside it on `device`; containers keep their type."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
+    """`value` with every tensor inside it on `device`; a mapping becomes a dict, other containers keep their type."""
+    # A copy to the CPU that does not block may be read before it is there.
+    return _map(lambda v: v.to(device, non_blocking=device.type == "cuda") if isinstance(v, Tensor) else v, value)
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function` of all that is no container."""
+    if isinstance(value, Mapping):
+        return {key: _map(function, item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(to_device(item, device) for item in value)
-    return value
+        return _like(value, [_map(function, item) for item in value])
+    return function(value)
+
+
+def _like(value: Any, items: list[Any]) -> Any:
+    """A tuple, named tuple or list such as `value`, of other items."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def first_tensor(value: Any) -> Tensor | None:
     """The first tensor in an output: itself, or the first found in a tuple, list or dict; None if there is none."""
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         value = tuple(value.values())
     if isinstance(value, (tuple, list)):
         for item in value:
@@ -56,22 +65,28 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
-    """A batch as `(inputs, labels)`; labels are None where the batch has none.
+    """A batch as `(inputs, labels)`; labels are None where the batch has none that make a tensor.
 
     Raises:
-        ValueError: if the batch is neither a tuple of at least two items, a dict, nor a tensor.
+        ValueError: if the batch is neither a tuple of at least two items, a mapping, nor a tensor.
     """
-    if isinstance(batch, dict):
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        return inputs, batch.get("labels")
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key != "labels"}, _as_labels(batch.get("labels"))
     if isinstance(batch, Tensor):
         return batch, None
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        return batch[0], torch.as_tensor(batch[1])
+        return batch[0], _as_labels(batch[1])
     raise ValueError(
         f"a batch of type {type(batch).__name__} is not understood: "
         "a loader gives (inputs, labels, ...), or a dict with 'labels'"
     )
+
+
+def _as_labels(value: Any) -> Tensor | None:
+    try:
+        return None if value is None else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):  # texts, or the boxes of a detector
+        return None
 
 
 def batch_size(inputs: Any) -> int:
@@ -79,7 +94,7 @@ def batch_size(inputs: Any) -> int:
 
     Detectors take such a list of images of several sizes as their first argument.
     """
-    arguments = list(inputs.values()) if isinstance(inputs, dict) else inputs
+    arguments = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
     if isinstance(arguments, (tuple, list)) and arguments and _is_list_of_tensors(arguments[0]):
         return len(arguments[0])
     tensor = first_tensor(inputs)
@@ -89,22 +104,13 @@ def batch_size(inputs: Any) -> int:
 
 
 def take(inputs: Any, start: int, stop: int) -> Any:
-    """Samples `start` to `stop` of inputs: every tensor with a batch dimension, and every list of tensors, is cut."""
-    if isinstance(inputs, (tuple, list)):  # these are arguments, even if all are tensors
-        return type(inputs)(_cut(item, start, stop) for item in inputs)
-    return _cut(inputs, start, stop)
+    """Samples `start` to `stop` of inputs: what is as long as the batch is cut, other tensors (masks) stay."""
+    size = batch_size(inputs)
 
+    def cut(value: Any) -> Any:
+        return value[start:stop] if _is_batch(value, size) else value
 
-def _cut(value: Any, start: int, stop: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.ndim else value
-    if _is_list_of_tensors(value):
-        return value[start:stop]
-    if isinstance(value, dict):
-        return {key: _cut(item, start, stop) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cut(item, start, stop) for item in value)
-    return value
+    return _map_arguments(lambda value: cut(value) if _is_list_of_tensors(value) else _map(cut, value), inputs)
 
 
 def join(pieces: Sequence[Any]) -> Any:
@@ -113,17 +119,38 @@ def join(pieces: Sequence[Any]) -> Any:
     Raises:
         RuntimeError: if their tensors are of several sizes.
     """
-    first = pieces[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(pieces)) if first.ndim else first
-    if isinstance(first, dict):
-        return {key: join([piece[key] for piece in pieces]) for key in first}
-    if isinstance(first, (tuple, list)):
-        columns = [[piece[i] for piece in pieces] for i in range(len(first))]
-        return type(first)(
-            [image for images in c for image in images] if _is_list_of_tensors(c[0]) else join(c) for c in columns
-        )
-    return first
+    sizes = [batch_size(piece) for piece in pieces]
+
+    def joined(parts: Sequence[Any], nested: bool = True) -> Any:
+        first = parts[0]
+        if isinstance(first, Tensor):
+            whole = all(_is_batch(part, size) for part, size in zip(parts, sizes, strict=True))
+            return torch.cat(list(parts)) if whole else first
+        if isinstance(first, Mapping):
+            return {key: joined([part[key] for part in parts]) for key in first}
+        if nested and _is_list_of_tensors(first):
+            return [image for part in parts for image in part]
+        if isinstance(first, (tuple, list)):
+            return _like(first, [joined([part[i] for part in parts]) for i in range(len(first))])
+        return first
+
+    return joined(pieces, nested=False)
+
+
+def _map_arguments(function: Callable[[Any], Any], inputs: Any) -> Any:
+    """`function` of each argument: a list of tensors at the top is several arguments, below it is one."""
+    if isinstance(inputs, Mapping):
+        return {key: function(item) for key, item in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return _like(inputs, [function(item) for item in inputs])
+    return function(inputs)
+
+
+def _is_batch(value: Any, size: int) -> bool:
+    """Whether a value has something for each of `size` samples."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == size
+    return _is_list_of_tensors(value) and len(value) == size
 
 
 def _is_list_of_tensors(value: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from modprune._autograd import (
     ACTIVATIONS,
@@ -258,12 +259,8 @@ def _gives_input_back(seen: Call) -> bool:
         return False
 
 
-def _replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the tensor that came first replaced by `x`."""
-    for i, value in enumerate(args):
-        if isinstance(value, Tensor):
-            return (*args[:i], x, *args[i + 1 :]), kwargs
-    for key, value in kwargs.items():
-        if isinstance(value, Tensor):
-            return args, {**kwargs, key: x}
-    return args, kwargs
+def _replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Any:
+    """The arguments with the tensor that comes first, in whatever container, replaced by `x`."""
+    leaves, form = tree_flatten((args, kwargs))
+    first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    return tree_unflatten([*leaves[:first], x, *leaves[first + 1 :]], form)

@@ -131,10 +131,13 @@ def norm_after(model: nn.Module, name: str) -> str | None:
 
 
 def activation_after(model: nn.Module, norm: str) -> str | None:
-    """The activation of torch that is the next child after a norm; None if the next is anything else."""
+    """The activation of torch that is next after a norm in a Sequential, if it is used there alone; else None."""
     name = _next_child(model, norm)
-    following = type(model.get_submodule(name)) if name else nn.Module
-    return name if following.__module__ == nn.ReLU.__module__ else None
+    if name is None or not isinstance(model.get_submodule(norm.rpartition(".")[0]), nn.Sequential):
+        return None
+    following = model.get_submodule(name)
+    places = sum(module is following for _, module in model.named_modules(remove_duplicate=False))
+    return name if places == 1 and type(following).__module__ == nn.ReLU.__module__ else None
 
 
 def _next_child(model: nn.Module, name: str) -> str | None:

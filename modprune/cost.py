@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from modprune._inputs import batch_size, call, device_of, evaluating, to_device
+from modprune._inputs import batch_size, call, device_of, evaluating, join, take, to_device
 
 
 def count_params(model: nn.Module) -> int:
@@ -177,23 +177,16 @@ def latency(
         batch: samples at a time.
         seconds: about how long to measure in all.
     """
-    given = batch_size(example_inputs)
-    inputs = {
-        name: _repeat(to_device(example_inputs, device_of(model)), given, batch) for name, model in models.items()
-    }
+    repeated = join([take(example_inputs, 0, 1)] * batch)
+    inputs = {name: to_device(repeated, device_of(model)) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
-    modes = {module: module.training for model in models.values() for module in model.modules()}
-    try:
-        with torch.no_grad():  # not inference_mode: what a model caches in its first pass must stay fit for training
-            for model in models.values():
-                model.eval()
-            started = time.perf_counter()
-            while time.perf_counter() - started < seconds or len(next(iter(times.values()))) < 4:
-                for name, model in models.items():
-                    times[name].append(_seconds(model, inputs[name]))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with ExitStack() as stack, torch.no_grad():  # not inference_mode: what a model caches must stay fit for training
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds or len(next(iter(times.values()))) < 4:
+            for name, model in models.items():
+                times[name].append(_seconds(model, inputs[name]))
     return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first ones warm up
 
 
@@ -245,18 +238,6 @@ def _seconds(model: nn.Module, inputs: Any) -> float:
     return time.perf_counter() - started
 
 
-def _repeat(value: Any, given: int, batch: int) -> Any:
-    """The first of `given` samples `batch` times; tensors of another first dimension, such as masks, as they are."""
-    if isinstance(value, torch.Tensor):
-        each = value.ndim > 0 and value.shape[0] == given
-        return value[:1].expand(batch, *value.shape[1:]).contiguous() if each else value
-    if isinstance(value, dict):
-        return {key: _repeat(item, given, batch) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_repeat(item, given, batch) for item in value)
-    return value
-
-
 @contextmanager
 def _plain_attention() -> Iterator[None]:
     """Attention as visible matrix products: the fused paths report no FLOPs."""
@@ -272,8 +253,9 @@ def _plain_attention() -> Iterator[None]:
 @contextmanager
 def _quiet(logger: str) -> Iterator[None]:
     log = logging.getLogger(logger)
-    level, log.level = log.level, logging.ERROR
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.level = level
+        log.setLevel(level)

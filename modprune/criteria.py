@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modprune._autograd import traceable
-from modprune._inputs import call, device_of, first_tensor, split_batch, take, to_device
+from modprune._inputs import evaluating, take
 from modprune.blocks import Blocks
 from modprune.bypass import bypassed
 from modprune.curve import ModularityCurve, modularity_curve, points
-from modprune.evaluate import evaluate
-from modprune.features import draw, pairs, pooled
+from modprune.evaluate import evaluate, logits_and_labels
+from modprune.features import Sample, draw, pairs, pooled
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ Criterion = Callable[[nn.Module, Blocks, Iterable[Any]], BlockScores]
 
 @dataclass(frozen=True)
 class Modularity:
-    """The gain of each block: Q after it minus Q before it.
+    """The gain of each block: Q after it minus Q after the block before, as the curve has it.
 
     Lu et al., "Understanding the Dynamics of DNNs Using Graph Modularity" (ECCV 2022), section 5, with its defaults.
     """
@@ -67,7 +67,7 @@ class Modularity:
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Accuracy, from 0 to 1, that logistic regression on globally pooled features gains across the block.
+    """Accuracy, from 0 to 1, that logistic regression on globally pooled features gains from block to block.
 
     Fitted on the first half of the samples and measured on the second. After Chen and Zhao, "Shallowing Deep Networks:
     Layer-wise Pruning based on Feature Representations" (TPAMI 2018).
@@ -101,8 +101,9 @@ class Dbp:
 class BlockInfluence:
     """1 - cosine of what goes into a block and what comes out; needs no labels.
 
-    Each sample is flattened; a repeat is a batch. Blocks that change the shape have nothing to compare and score 1.
-    Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect" (2024), section 3.
+    Mean over tokens, as in the paper, where features are (B, T, C); else each sample is flattened. A repeat is a batch.
+    Blocks that change the shape have nothing to compare and score 1. Men et al., "ShortGPT: Layers in Large Language
+    Models are More Redundant Than You Expect" (2024), section 3.
     """
 
     samples: int = 500
@@ -116,7 +117,7 @@ class BlockInfluence:
 class Cka:
     """1 - linear CKA of what goes into a block and what comes out; needs no labels.
 
-    Each sample is flattened; a repeat is a batch of 4 samples at least, with the unbiased estimate that small batches
+    Each sample is flattened; a repeat is a batch of 4 samples at least, with the unbiased estimates that small batches
     need. Kornblith et al., "Similarity of Neural Network Representations Revisited" (ICML 2019), section 3, and for the
     estimate Nguyen et al., "Do Wide and Deep Networks Learn the Same Things?" (ICLR 2021), equation 3.
     """
@@ -125,8 +126,11 @@ class Cka:
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(batches, blocks)."""
-        values = pairs(model, blocks.names, loader, self.samples, lambda x, y: 1 - linear_cka(x, y))
-        return BlockScores(blocks.names, np.array(values))
+        values = np.array(pairs(model, blocks.names, loader, self.samples, _unlike))
+        measured = values[~np.isnan(values).all(1)]  # a last, small batch is left out
+        if len(measured) == 0:
+            raise ValueError("CKA needs batches of at least 4 samples: give a loader with a larger batch size")
+        return BlockScores(blocks.names, measured)
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ class Ablation:
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(repeats, blocks): each repeat from samples of its own."""
         values = []
-        for sample in draw(loader, self.samples, self.repeats):
+        for sample in _drawn(model, loader, self.samples, self.repeats):
             whole, row = evaluate(model, sample).loss, []
             for block in blocks:
                 with bypassed(model, block.name, block.kind, block.outputs):
@@ -166,15 +170,12 @@ class Taylor:
         weights = [p for block in blocks for p in _weights(model, block.layers)]
         owner = np.repeat(range(len(blocks)), [len(_weights(model, block.layers)) for block in blocks])
         values = []
-        for inputs, labels in next(iter(draw(loader, self.samples, 1))):
+        for batch in _drawn(model, loader, self.samples, 1)[0]:
             with traceable(model):
-                logits = first_tensor(call(model, to_device(inputs, device_of(model))))
-                assert logits is not None
-                loss = F.cross_entropy(logits.float(), labels.to(logits.device))
+                loss = F.cross_entropy(*logits_and_labels(model, batch))
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-            terms = [
-                0.0 if g is None else float((g * w.detach()).sum()) for g, w in zip(gradients, weights, strict=True)
-            ]
+            pairs = zip(gradients, weights, strict=True)
+            terms = [0.0 if g is None else float((g.float() * w.detach().float()).sum()) for g, w in pairs]
             values.append(np.bincount(owner, terms, len(blocks)) ** 2)
         return BlockScores(blocks.names, np.array(values))
 
@@ -183,7 +184,8 @@ class Taylor:
 class L1Norm:
     """Mean L1 norm of the block's filters; needs no data.
 
-    Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017), section 3.1, averaged over the filters of a block.
+    Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017), section 3.1, averaged over the filters of each
+    layer, then over the layers.
     """
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any] = ()) -> BlockScores:
@@ -199,7 +201,7 @@ class BnScale:
     """Mean absolute scale of the block's norms; needs no data.
 
     Liu et al., "Learning Efficient Convolutional Networks through Network Slimming" (ICCV 2017), section 3, averaged
-    over the channels of a block.
+    over the channels of each norm, then over the norms.
     """
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any] = ()) -> BlockScores:
@@ -232,7 +234,8 @@ class Consensus:
         """(criteria, blocks): equal scores have equal ranks."""
         ranks = []
         for criterion in map(resolve, self.criteria):
-            _, rank = np.unique(criterion(model, blocks, loader).values.mean(0), return_inverse=True)
+            mean = criterion(model, blocks, loader).mean
+            _, rank = np.unique([mean[name] for name in blocks.names], return_inverse=True)
             ranks.append(rank / max(1, rank.max()))
         return BlockScores(blocks.names, np.array(ranks))
 
@@ -276,13 +279,13 @@ def name_of(criterion: Criterion) -> str:
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear CKA of two layers' features of the same samples, unbiased; 1 for equal ones, about 0 for unrelated ones.
+    """Linear CKA of two layers' features of the same samples, from unbiased estimates of its three HSICs.
+
+    1 for equal features, about 0 for unrelated ones, 0 where one of the two is constant.
 
     Args:
         x, y: (N, ...) each; N at least 4.
     """
-    if len(x) < 4:
-        raise ValueError(f"a batch of {len(x)} samples: CKA needs at least 4")
     k, gram = ((rows := z.flatten(1).double()) @ rows.T for z in (x, y))
     between, within = _hsic(k, gram), _hsic(k, k) * _hsic(gram, gram)
     return between / within**0.5 if within > 0 else 0.0
@@ -296,10 +299,15 @@ def _hsic(k: Tensor, gram: Tensor) -> float:
     return float(trace + k.sum() * gram.sum() / ((n - 1) * (n - 2)) - 2 * cross / (n - 2)) / (n * (n - 3))
 
 
+def _unlike(x: Tensor, y: Tensor) -> float:
+    return 1 - linear_cka(x, y) if len(x) >= 4 else float("nan")
+
+
 def _turned(x: Tensor, y: Tensor) -> float:
     if x.shape != y.shape:
         return 1.0
-    return 1 - float(F.cosine_similarity(x.flatten(1).double(), y.flatten(1).double()).mean())
+    x, y = (z.double() if z.ndim == 3 else z.flatten(1).double() for z in (x, y))
+    return 1 - float(F.cosine_similarity(x, y, dim=-1).mean())
 
 
 def _along_points(
@@ -310,14 +318,20 @@ def _along_points(
     repeats: int,
     accuracy: Callable[[np.ndarray, np.ndarray], float],
 ) -> BlockScores:
-    """What `accuracy(features (N, C), labels (N,))` gains across each block."""
-    example = take(split_batch(next(iter(loader)))[0], 0, 1)
-    layers, values = points(model, blocks, example), []
-    for sample in draw(loader, samples, repeats):
+    """What `accuracy(features (N, C), labels (N,))` gains from each point to the next."""
+    drawn = _drawn(model, loader, samples, repeats)
+    layers, values = points(model, blocks, take(drawn[0][0][0], 0, 1)), []
+    for sample in drawn:
         labels = torch.cat([labels for _, labels in sample]).cpu().numpy()
         features = pooled(model, layers, sample)
         values.append([accuracy(features[layer].numpy(), labels) for layer in layers])
     return BlockScores(blocks.names, np.diff(np.array(values), axis=1))
+
+
+def _drawn(model: nn.Module, loader: Iterable[Any], samples: int, repeats: int) -> list[Sample]:
+    """`draw`, with torch's RNG as it was before."""
+    with evaluating(model):
+        return list(draw(loader, samples, repeats))
 
 
 def _logistic(features: np.ndarray, labels: np.ndarray) -> float:
@@ -349,8 +363,9 @@ def _weights(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
 
 
 def _scales(model: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Names of the scales of norms: weights of one dimension."""
-    weights = {layer: getattr(model.get_submodule(layer), "weight", None) for layer in layers}
+    """Names of the scales of norms: weights of one dimension, but for the slopes of a PReLU."""
+    norms = [layer for layer in layers if not isinstance(model.get_submodule(layer), nn.PReLU)]
+    weights = {layer: getattr(model.get_submodule(layer), "weight", None) for layer in norms}
     return [f"{layer}.weight" for layer, w in weights.items() if isinstance(w, nn.Parameter) and w.ndim == 1]
 
 

@@ -46,7 +46,10 @@ class ModularityCurve:
 
     @property
     def gain(self) -> np.ndarray:
-        """(layers - 1,): Q after each block minus Q before it, for `layers[1:]`."""
+        """(layers - 1,): Q after each block minus Q at the point before, for `layers[1:]`.
+
+        What a layer between two blocks does (one that narrows the image, say) is in the gain of the block after it.
+        """
         return np.diff(self.mean)
 
     @property
@@ -113,7 +116,8 @@ def modularity_curve(
         repeats: how many times.
         example_inputs: to find the blocks with; one sample of the first batch if None.
         blocks: those of `find_blocks`, where they are known already.
-        budget: bytes that features may take at a time. Less of it takes more passes and gives the same numbers.
+        budget: bytes that features may take at a time. Less of it takes more passes and gives the same numbers (up to
+            rounding below 32 MiB or so).
 
     Raises:
         ValueError: for `k`, `samples` or labels that do not fit, for NaN in the features (names the layer), for a model

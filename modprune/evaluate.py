@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from modprune._inputs import call, device_of, evaluating, first_tensor, split_batch, to_device
 
@@ -35,28 +35,14 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
         ValueError: for an empty loader, missing labels or labels beyond the number of classes.
         RuntimeError: for logits that are NaN.
     """
-    device, samples = device_of(model), 0
+    samples = 0
     totals = torch.zeros(3, dtype=torch.float64)
     with torch.no_grad(), evaluating(model):
         for batch in loader:
-            inputs, labels = split_batch(to_device(batch, device))
-            logits = first_tensor(call(model, inputs))
-            if logits is None or logits.ndim != 2 or labels is None:
-                raise ValueError("Top-1 needs logits of shape (B, classes) and labels: check the model and the loader")
-            labels = labels.to(device)
-            if labels.shape != logits.shape[:1] or labels.is_floating_point():
-                raise ValueError(
-                    f"labels are {logits.shape[0]} integers, one for each row of logits; "
-                    f"given {labels.dtype} of shape {tuple(labels.shape)}: check the loader"
-                )
+            logits, labels = logits_and_labels(model, batch)
             if len(labels) == 0:
                 continue
-            if labels.min() < 0 or labels.max() >= logits.shape[1]:
-                raise ValueError(
-                    f"labels from {labels.min()} to {labels.max()} with {logits.shape[1]} classes: "
-                    f"labels lie in 0..{logits.shape[1] - 1}; check the data and the model's number of classes"
-                )
-            loss = F.cross_entropy(logits.float(), labels.long(), reduction="sum")
+            loss = F.cross_entropy(logits, labels, reduction="sum")
             if loss.isnan():
                 raise RuntimeError(f"the model gives NaN or inf in the batch after sample {samples}: check its weights")
             ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
@@ -66,3 +52,27 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
         raise ValueError("the loader gave no batch to evaluate on")
     loss, top1, top5 = totals.tolist()
     return Evaluation(loss / samples, 100 * top1 / samples, 100 * top5 / samples, int(top1), samples)
+
+
+def logits_and_labels(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """What a classifier gives for a batch, (B, classes) float32, and the labels of it, (B,) int64, on its device.
+
+    Raises:
+        ValueError: for an output that is none of a classifier, missing labels or labels beyond the number of classes.
+    """
+    inputs, labels = split_batch(to_device(batch, device_of(model)))
+    logits = first_tensor(call(model, inputs))
+    if logits is None or logits.ndim != 2 or labels is None:
+        raise ValueError("Top-1 and loss need logits of shape (B, classes) and labels: check the model and the loader")
+    labels = labels.to(logits.device)
+    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels are {logits.shape[0]} integers, one for each row of logits; "
+            f"given {labels.dtype} of shape {tuple(labels.shape)}: check the loader"
+        )
+    if len(labels) and (labels.min() < 0 or labels.max() >= logits.shape[1]):
+        raise ValueError(
+            f"labels from {labels.min()} to {labels.max()} with {logits.shape[1]} classes: "
+            f"labels lie in 0..{logits.shape[1] - 1}; check the data and the model's number of classes"
+        )
+    return logits.float(), labels.long()

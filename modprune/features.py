@@ -2,7 +2,7 @@
 
 Q needs of a layer only the inner products of its samples, so features are dropped as soon as these are summed up. A
 layer is worked off in slabs of columns; what does not fit the budget at once is left to a further forward pass. The
-slabs do not depend on the budget, so neither do the sums.
+slabs do not depend on the budget, so neither do the sums, unless it is too small for one slab.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from modprune.graph import inner_products
 
 GIB = 2**30
 SLAB = 16384
+_ONCE = "; one that can be read only once, as a generator, may have been read before: give a list or a DataLoader"
 
 Sample = list[tuple[Any, Tensor]]
 """Pieces of batches, `(inputs, labels)` each, that together hold the asked number of samples."""
@@ -61,7 +62,8 @@ def draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
     pool = [(take(x, i, i + 1), y[i : i + 1]) for x, y in batches for i in range(len(y))]
     size = max((len(y) for _, y in batches), default=1)
     if len(pool) < samples:
-        raise ValueError(f"the loader holds {len(pool)} samples, {samples} are asked for: pass samples={len(pool)}")
+        enough = f": pass samples={len(pool)}" if pool else _ONCE
+        raise ValueError(f"the loader holds {len(pool)} samples, {samples} are asked for{enough}")
     for repeat in range(drawn, repeats):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(repeat))
         chosen = [pool[i] for i in order[:samples].tolist()]
@@ -102,7 +104,7 @@ class LayerGrams:
             columns = self._columns(sample)
             gram: Tensor | None = None
             for slabs in _passes(columns, samples, self.budget):
-                features = self._collect(sample, slabs, samples)
+                features = self._collect(sample, slabs, columns, samples)
                 # All products of a pass in one go: two thread pools (numpy's and torch's) in turns slow both down.
                 products = [inner_products(features[slab]) for slab in slabs]
                 for slab, product in zip(slabs, products, strict=True):
@@ -118,7 +120,9 @@ class LayerGrams:
         visit(self.model, self.layers, one, lambda layer, x, _: columns.__setitem__(layer, x[0].numel()))
         return {layer: columns[layer] for layer in self.layers}
 
-    def _collect(self, sample: Sample, slabs: Sequence[Slab], samples: int) -> dict[Slab, Tensor]:
+    def _collect(
+        self, sample: Sample, slabs: Sequence[Slab], columns: dict[str, int], samples: int
+    ) -> dict[Slab, Tensor]:
         """One forward pass over the sample: for each slab its columns, (samples, width) float32, in the arena."""
         widths = [slab.stop - slab.start for slab in slabs]
         device = device_of(self.model)
@@ -129,6 +133,11 @@ class LayerGrams:
 
         def keep(layer: str, tensor: Tensor, row: int) -> None:
             flat = tensor.flatten(1)
+            if flat.shape[1] != columns[layer]:
+                raise ValueError(
+                    f"layer {layer}: {flat.shape[1]} values a sample, {columns[layer]} in the first one: "
+                    "give inputs of one size"
+                )
             for slab, features in kept.items():
                 if slab.layer == layer:
                     features[row : row + len(flat)] = flat[:, slab.start : slab.stop]
@@ -140,8 +149,8 @@ class LayerGrams:
 def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str, Tensor]:
     """For each layer the mean of its features over all positions: (N, channels) float32, on the CPU.
 
-    Channels are the second dimension; the last one where there are three (tokens), or where the layer's parameters are
-    of that size and not of the second one's (channels last, as in Swin).
+    Channels are the second dimension; the last one (tokens, or channels last as in Swin) where the layer has parameters
+    of that size and none of the second one's.
 
     Args:
         model: run in eval mode without gradients, on its own device; left as found.
@@ -152,7 +161,7 @@ def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str,
 
     def keep(layer: str, features: Tensor, _: int) -> None:
         sizes = {p.shape[0] for p in model.get_submodule(layer).parameters() if p.ndim}
-        last = features.ndim == 3 or (features.shape[-1] in sizes and features.shape[1] not in sizes)
+        last = features.shape[-1] in sizes and features.shape[1] not in sizes
         if features.ndim > 2:
             features = features.flatten(1, -2).mean(1) if last else features.flatten(2).mean(2)
         parts[layer].append(features.float().cpu())
@@ -212,26 +221,35 @@ def pairs(
         measure: of two tensors with one row a sample.
     """
     values: list[list[float]] = []
+    given: dict[str, Tensor] = {}
     row: dict[str, float] = {}
 
-    def after(layer: str, args: Any, kwargs: Any, out: Any) -> None:
-        x, y = first_tensor((args, kwargs)), first_tensor(out)
-        assert x is not None
-        assert y is not None
-        row[layer] = measure(x, y)
+    def before(layer: str, args: Any, kwargs: Any) -> None:
+        x = first_tensor((args, kwargs))
+        if x is not None:
+            given[layer] = x.clone()  # the layer may write into it
 
-    hooks = [
-        model.get_submodule(layer).register_forward_hook(
-            lambda _, args, kwargs, out, layer=layer: after(layer, args, kwargs, out), with_kwargs=True
-        )
-        for layer in layers
-    ]
+    def after(layer: str, out: Any) -> None:
+        y = first_tensor(out)
+        if layer in given and y is not None:
+            row[layer] = measure(given.pop(layer), y)
+
+    hooks: list[Any] = []
+    for layer in layers:
+        module = model.get_submodule(layer)
+        pre = lambda _, args, kwargs, layer=layer: before(layer, args, kwargs)  # noqa: E731
+        hooks.append(module.register_forward_pre_hook(pre, with_kwargs=True))
+        hooks.append(module.register_forward_hook(lambda _, __, out, layer=layer: after(layer, out)))
     seen = 0
     try:
         with evaluating(model), torch.no_grad():
             for batch in loader:
                 inputs = split_batch(batch)[0]
+                row.clear()
                 call(model, to_device(inputs, device_of(model)))
+                missing = [layer for layer in layers if layer not in row]
+                if missing:
+                    raise ValueError(f"layer {missing[0]}: not called in a forward pass, or with no tensor")
                 values.append([row[layer] for layer in layers])
                 seen += batch_size(inputs)
                 if seen >= samples:
@@ -240,7 +258,7 @@ def pairs(
         for handle in hooks:
             handle.remove()
     if not values:
-        raise ValueError("the loader gives no batch")
+        raise ValueError(f"the loader gives no batch{_ONCE}")
     return values
 
 

@@ -87,10 +87,11 @@ def prune_job(
         pruned.to(memory_format=torch.channels_last)
         history = finetune(pruned, loader, teacher=teacher, checkpoints=checkpoints, resume=resume, **asdict(recipe))
         write_text(out / "history.json", json.dumps([asdict(epoch) for epoch in history], indent=2) + "\n")
+    pruned.to(memory_format=torch.contiguous_format)  # as the original, for the clock
     report = compare(model, pruned, example, ImageLoader(test, 100, device=device))
     save(pruned, out / "model.safetensors")
     report.to_json(out / "report.json")
-    picture = "\n![curve](curve.png)\n" if (out / "curve.png").exists() else ""
+    picture = "\n![curve](curve.png)\n" if plan.criterion == "modularity" else ""
     write_text(out / "report.md", f"# Pruned by {plan.criterion}\n\n{report.to_markdown()}\n{_story(plan)}{picture}")
     shutil.rmtree(checkpoints, ignore_errors=True)
     return report

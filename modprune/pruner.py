@@ -97,19 +97,24 @@ class ModularityPruner:
         gone: list[Candidate] = []
         model = self.model if self.iterative_steps == 1 else copy.deepcopy(self.model)
         for stage in range(1, self.iterative_steps + 1):
+            left = _left(self.budget, stage / self.iterative_steps, gone, totals)
+            if left is None and self.scores is not None:
+                continue
             if not blocks:
                 raise ValueError(f"{type(model).__name__} has no block that can be removed; refused: {blocks.refused}")
             scores = self.criterion(model, blocks, self.loader)
             self.scores = self.scores or scores
-            candidates = _candidates(blocks, scores, self.ignored, times)
-            left = _left(self.budget, stage / self.iterative_steps, gone, totals)
             if left is None:
                 continue
+            candidates = _candidates(blocks, scores, self.ignored, times)
             names = choose(candidates, left, *totals)
             gone += [candidate for candidate in candidates if candidate.name in names]
             if stage < self.iterative_steps:
                 _plan_for(whole, names).apply(model, self.example_inputs)
-                blocks = find_blocks(model, self.example_inputs)
+                # What only looks like a block now that others are gone is none of the whole model's.
+                found = find_blocks(model, self.example_inputs)
+                blocks = Blocks([block for block in found if block.name in whole], found.refused)
+        _check_met(self.budget, gone, totals)
         chosen = {candidate.name for candidate in gone}
         assert self.scores is not None
         plan = replace(
@@ -185,8 +190,22 @@ def _left(budget: Budget, share: float, gone: Sequence[Candidate], totals: _Tota
     params = budget.params and budget.params * share - freed["params"]
     blocks = budget.blocks and round(budget.blocks * share) - len(gone)
     latency = budget.latency and budget.latency * share - freed["latency"]
+    if blocks is not None and blocks <= 0:  # none may go at this stage, whatever else is still to be met
+        return None
     needed = [value if value is not None and value > 0 else None for value in (flops, params, blocks, latency)]
     return Budget(*needed) if any(needed) else None  # type: ignore[arg-type]
+
+
+def _check_met(budget: Budget, gone: Sequence[Candidate], totals: _Totals) -> None:
+    """ValueError if stages, each the best at its time, came to less than was asked for."""
+    freed = _freed(gone, totals)
+    for name in ("flops", "params", "latency"):
+        asked = getattr(budget, name)
+        if asked is not None and freed[name] < asked - 1e-9:
+            raise ValueError(
+                f"{name}={asked} with blocks={budget.blocks}: in stages, {len(gone)} blocks free {freed[name]:.1%}; "
+                "ask for more blocks, less, or iterative_steps=1"
+            )
 
 
 def _inside(name: str, outer: str) -> bool:
@@ -199,7 +218,7 @@ def _names(model: nn.Module, layers: Sequence[nn.Module | str]) -> frozenset[str
     names = set()
     for layer in layers:
         name = layer if isinstance(layer, str) else by_module.get(layer) if isinstance(layer, nn.Module) else None
-        if name is None or name not in known:
+        if not name or name not in known:
             raise ValueError(f"ignored_layers: {layer!r:.60} is no module of the model: give modules or their names")
         names.add(name)
     return frozenset(names)

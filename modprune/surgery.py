@@ -10,6 +10,7 @@ import copy
 import difflib
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -206,4 +207,16 @@ def _kind_by_trace(model: nn.Module, name: str) -> str:
         raise ValueError(f"{name}: {error}; give example_inputs, or kinds") from None
     if not kind:
         raise ValueError(f"{name}: cannot be removed: its output is not shortcut(x) + branch(x)")
+    if kind == "plain" and _has_shortcut(model, name):
+        raise ValueError(f"{name}: cannot be removed: it is a part of a block with a shortcut; give that one's name")
     return kind
+
+
+def _has_shortcut(model: nn.Module, name: str) -> bool:
+    """Whether a module around this one is residual, as far as torch.fx can tell."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        with suppress(ValueError):
+            if traced_kind(model.get_submodule(name)):
+                return True
+    return False

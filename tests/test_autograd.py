@@ -126,6 +126,24 @@ def test_what_a_module_caches_in_a_traced_pass_does_not_stay():
     assert model.passes == 1  # a number holds on to nothing; sizes that change inside are meant to
 
 
+def test_a_buffer_that_a_pass_replaced_is_back():
+    class Replaces(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.register_buffer("last", torch.zeros(2))
+
+        def forward(self, x):
+            self.last = super().forward(x).mean(0)
+            return self.last
+
+    model = Replaces()
+    buffer = model.last
+    with traceable(model):
+        model(torch.ones(1, 2))
+    assert model.last is buffer
+    copy.deepcopy(model)
+
+
 def test_a_buffer_is_not_written_to_if_nothing_changed_it():
     model = Noisy()
     version = model.calls._version

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from modprune.bypass import PassThrough, bypassed
 from modprune.models import resnet20
@@ -72,3 +73,18 @@ def test_other_kinds_are_bypassed_as_surgery_would(kind):
     with torch.no_grad(), bypassed(model, name, kind):
         assert torch.equal(model(images), cut(images))
     assert model.get_submodule(name) is block
+
+
+def test_an_activation_that_others_share_stays():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.conv2, self.bn2, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+
+    model = Shared().eval()
+    pruned = remove_blocks(copy.deepcopy(model), ["conv2"], example_inputs=X)
+    assert torch.equal(pruned(X), model.relu(model.bn1(model.conv1(X))))

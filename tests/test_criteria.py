@@ -127,6 +127,28 @@ def test_influence_is_one_minus_the_cosine():
     assert list(scores.mean.values()) == pytest.approx([0, 1, 2], abs=1e-6)
 
 
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+
+    def forward(self, x):
+        x += self.f(x)
+        return x
+
+
+def test_a_block_that_writes_into_its_input_has_influence():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), InPlace())
+    assert BlockInfluence()(model, find_blocks(model, X), [X]).values[0, 0] > 1e-3
+
+
+def test_influence_on_tokens_is_the_mean_over_tokens():
+    model = nn.Sequential(Turn([[1.0, 0.0], [0.0, 0.0]]))
+    x = torch.tensor([[[1.0, 0.0], [0.0, 100.0], [3.0, 3.0]]])
+    blocks = find_blocks(model, x)
+    assert BlockInfluence()(model, blocks, [x]).values[0, 0] == pytest.approx(1 - (1 + 0 + 0.5**0.5) / 3)
+
+
 def test_cka_is_blind_to_turns_and_scale_alone():
     x = torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
     turn, other = torch.linalg.qr(torch.randn(20, 20))[0], torch.randn(64, 20)
@@ -134,10 +156,12 @@ def test_cka_is_blind_to_turns_and_scale_alone():
     assert abs(linear_cka(x, other)) < 0.1
     assert linear_cka(x, x * torch.linspace(0, 2, 20)) < 0.95
     assert linear_cka(x, torch.ones(64, 3)) == 0
-    with pytest.raises(ValueError, match="at least 4"):
-        linear_cka(x[:3], x[:3])
     model = nn.Sequential(Turn(SAME), Turn(QUARTER), Turn([[1.0, 0.0], [0.0, 4.0]]))
     same, quarter, stretched = Cka()(model, find_blocks(model, x[:, :2]), [x[:, :2]]).values[0]
+    blocks = find_blocks(model, x[:, :2])
+    assert Cka()(model, blocks, [x[:, :2], x[:3, :2]]).values.shape == (1, 3)
+    with pytest.raises(ValueError, match="batches of at least 4"):
+        Cka()(model, blocks, [x[:3, :2]])
     assert same == pytest.approx(0, abs=1e-6)
     assert quarter == pytest.approx(0, abs=1e-6)
     assert stretched > 0.05

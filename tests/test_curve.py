@@ -93,6 +93,18 @@ def test_random_samples_come_in_batches_where_their_sizes_allow():
     assert {len(labels) for _, labels in [*draw(ragged, 8, 2)][1]} == {1}
 
 
+@pytest.mark.parametrize("sizes", [(8, 12), (12, 8)])
+def test_inputs_of_several_sizes_are_named(sizes):
+    batches = [(torch.randn(30, 3, size, size), torch.arange(30) % 3) for size in sizes]
+    with pytest.raises(ValueError, match=r"layer conv1: \d+ values a sample, \d+ in the first one"):
+        modularity_curve(network(), batches, samples=60, repeats=1)
+
+
+def test_a_loader_that_is_spent_is_named():
+    with pytest.raises(ValueError, match="read only once"):
+        modularity_curve(network(), (batch for batch in loader(60)), samples=60, repeats=1)
+
+
 def test_the_model_is_left_as_found():
     model = network().train()
     model.layer2.eval()

@@ -41,7 +41,7 @@ def test_labels_are_integers_of_any_width_and_empty_batches_count_nothing(dtype)
         ([(torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.long))], ValueError, r"2 integers.* of shape \(2, 1\)"),
         ([(torch.zeros(2, 3), torch.zeros(2))], ValueError, r"2 integers.* given torch.float32"),
         ([], ValueError, "no batch"),
-        ([torch.zeros(2, 3)], ValueError, "needs logits"),
+        ([torch.zeros(2, 3)], ValueError, "need logits"),
     ],
 )
 def test_errors(batches, error, message):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch.utils._pytree import tree_all, tree_map
 
-from modprune._inputs import batch_size, join, split_batch, take
+from modprune._inputs import batch_size, call, join, split_batch, take, to_device
 
 X, MASK = torch.arange(12.0).view(4, 3), torch.arange(4)
 
@@ -43,3 +46,26 @@ def test_a_batch_is_split_from_its_labels():
     assert split_batch(X)[1] is None
     with pytest.raises(ValueError, match="a batch of type str is not understood"):
         split_batch("x")
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def test_masks_are_no_samples():
+    mask = torch.ones(5, 5)
+    part = take((X, mask), 2, 4)
+    assert torch.equal(part[0], X[2:4])
+    assert torch.equal(join([part, part])[1], mask)
+
+
+def test_containers_of_every_kind():
+    batch = UserDict(x=X, labels=[0, 1, 2, 3])  # as tokenizers give them
+    inputs, labels = split_batch(batch)
+    assert torch.equal(labels, torch.arange(4))
+    assert torch.equal(call(lambda x: x, take(inputs, 1, 2)), X[1:2])
+    assert torch.equal(to_device(Pair(X, MASK), torch.device("cpu")).y, MASK)
+    assert torch.equal(take(Pair(X, MASK), 1, 2).y, MASK[1:2])
+    for targets in (["cat", "dog"], [{"boxes": X}]):
+        assert split_batch((X, targets))[1] is None

@@ -87,6 +87,51 @@ def test_time_is_measured_where_it_is_the_budget():
     assert "latency" not in ModularityPruner(model, X, loader(), by_name({}), flops=0.2).plan().freed
 
 
+class Nested(nn.Module):
+    """`x + conv(inner(x))`: no block of its own as long as the inner ones are there, which hold most of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(Plus(), Plus())
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return x + self.conv(self.inner(x))
+
+
+class Plus(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+def test_stages_choose_among_the_blocks_of_the_whole_model():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), Nested(), Nested()), torch.randn(1, 3, 6, 6)
+    names = find_blocks(model, x).names
+    assert names == ("1.inner.0", "1.inner.1", "2.inner.0", "2.inner.1")
+    scores = {name: float(i) for i, name in enumerate(names)}
+    plan = ModularityPruner(model, x, [], by_name(scores), blocks=3, iterative_steps=3).plan()
+    assert plan.remove == names[:3]
+    assert plan.freed["params"] == pytest.approx(3 * 148 / count_params(model))
+
+
+def test_stages_remove_as_many_blocks_as_asked_for_or_say_what_is_missing():
+    model, bad = network(), {f"layer1.{i}": -1.0 for i in range(4)}
+    plan = ModularityPruner(model, X, loader(), by_name(bad), flops=0.1, blocks=2, iterative_steps=4).plan()
+    assert len(plan.remove) == 2
+    with pytest.raises(ValueError, match=r"flops=0.08 with blocks=1: in stages, 1 blocks free 6.9%"):
+        ModularityPruner(model, X, loader(), by_name({}), flops=0.08, blocks=1, iterative_steps=4).plan()
+
+
+def test_a_budget_met_early_ends_the_stages():
+    every = {block.name: -1.0 for block in find_blocks(network(), X)}
+    plan = ModularityPruner(network(), X, loader(), by_name(every), flops=0.1, iterative_steps=2).plan()
+    assert plan.remove == tuple(every)
+
+
 def test_ignored_layers_stay():
     model, scores = network(), {"layer1.1": -5.0, "layer2.3": -4.0, "layer3.3": -3.0, "layer3.4": -2.0}
     pruner = ModularityPruner(model, X, loader(), by_name(scores), blocks=2,

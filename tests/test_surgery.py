@@ -171,6 +171,12 @@ def test_parameters_that_do_not_fall_as_they_should_are_a_failure(monkeypatch):
     assert not removed_blocks(model).remove
 
 
+def test_a_convolution_inside_a_residual_block_is_no_plain_unit():
+    for example in (None, X):
+        with pytest.raises(ValueError, match=r"layer1.0.conv2: cannot be removed"):
+            remove_blocks(network(), ["layer1.0.conv2"], example_inputs=example)
+
+
 def test_plain_units():
     features = torchvision.models.vgg.make_layers([4, 4, "M", 8, 8, 8], batch_norm=True)
     model = nn.Sequential(OrderedDict(features=features, pool=nn.AdaptiveAvgPool2d(1), head=nn.Flatten())).eval()

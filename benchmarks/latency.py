@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -111,6 +112,7 @@ def memory(model: Any, example: torch.Tensor, batch: int) -> float:
     images = example.expand(batch, *example.shape[1:]).contiguous()
     with torch.no_grad():
         model(images)
+        ctypes.CDLL(None).malloc_trim(0)  # else what the first pass freed would not count
         peak = peak_rss()
         model(images)
     return peak()

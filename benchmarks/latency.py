@@ -14,7 +14,7 @@ import copy
 import ctypes
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,18 +116,6 @@ def memory(model: Any, example: torch.Tensor, batch: int) -> float:
         peak = peak_rss()
         model(images)
     return peak()
-
-
-def table(networks: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of the table: how many times as fast as the unpruned network, at which share of its MACs."""
-    rows = []
-    for name, modes in networks.items():
-        for mode, row in modes.items():
-            share = {key: value / row["macs"]["unpruned"] for key, value in row["macs"].items()}
-            for batch, cell in row["batches"].items():
-                speed = [f"{cell['speed_up'][key]:.2f}x ({share[key]:.1%})" for key in ("depth", "width")]
-                rows.append([name, mode, batch, f"{1 / share['depth']:.2f}x", *speed])
-    return rows
 
 
 if __name__ == "__main__":

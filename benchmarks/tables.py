@@ -96,7 +96,24 @@ def speed() -> str:
     return "\n".join([*lines, "", note])
 
 
-TABLES: dict[str, Callable[[], str]] = {"headline": headline, "speed": speed}
+def clock() -> str:
+    """How many times as fast as the unpruned network depth and width make it, at equal MACs."""
+    run = load("latency")
+    lines = ["| network | batch | ideal, by MACs | blocks removed | channels removed |", "|---|---:|---:|---:|---:|"]
+    for name, modes in run["networks"].items():
+        for mode, row in modes.items():
+            share = {key: value / row["macs"]["unpruned"] for key, value in row["macs"].items()}
+            for batch, cell in row["batches"].items():
+                speed = [f"{cell['speed_up'][key]:.2f}x" for key in ("depth", "width")]
+                ideal = f"{1 / share['depth']:.2f}x"
+                lines.append(f"| {name}, {mode} | {batch} | {ideal} | **{speed[0]}** | {speed[1]} |")
+            lines.append(f"| MACs left | | | {share['depth']:.1%} | {share['width']:.1%} |")
+    machine = run["environment"]
+    note = f"Medians of passes in turns; {machine['cpu']}, {machine['threads']} threads."
+    return "\n".join([*lines, "", note])
+
+
+TABLES: dict[str, Callable[[], str]] = {"headline": headline, "clock": clock, "speed": speed}
 
 
 def filled(text: str) -> str:

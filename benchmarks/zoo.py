@@ -1,6 +1,6 @@
 """Every network of the zoo: blocks found against a count by hand, all of them removed, and what still works then.
 
-    python -m benchmarks.zoo [--fast] [NAME ...]
+    python -m benchmarks.zoo [--fast | --times] [NAME ...]
 
 Random weights; needs the extra `zoo` (timm, transformers, onnx, onnxscript, onnxruntime). `--fast` leaves
 torch.compile, torch.export and ONNX out.
@@ -172,9 +172,7 @@ def check(entry: Entry, fast: bool) -> dict[str, Any]:
         "expected": list(entry.expected),
         "found": [kinds["identity"], kinds["transition"], kinds["plain"]],
         "refused": blocks.refused,
-        "forward_seconds": _seconds(lambda: _outputs(model, inputs), 4),
-        "depgraph_seconds": _seconds(lambda: dependency_graph(model, inputs), 2),
-        "find_seconds": _seconds(lambda: find_blocks(model, inputs), 3),
+        **times(model, inputs),
         "removed": 0,
     }
     if not blocks:
@@ -187,6 +185,16 @@ def check(entry: Entry, fast: bool) -> dict[str, Any]:
         if row[name] != "ok" and (before := _verdict(lambda step=step: step(model, inputs))) != "ok":
             row[name] = f"unpruned too: {before}"
     return row | {"removed": len(blocks), "params_before": count_params(model), "params_after": count_params(pruned)}
+
+
+def times(model: nn.Module, inputs: Any) -> dict[str, float | None]:
+    """Seconds of a forward pass, of building torch-pruning's dependency graph (None where it cannot), of finding."""
+    find_blocks(model, inputs)  # warms up all three
+    return {
+        "forward_seconds": _seconds(lambda: _outputs(model, inputs), 3),
+        "depgraph_seconds": _seconds(lambda: dependency_graph(model, inputs), 2),
+        "find_seconds": _seconds(lambda: find_blocks(model, inputs), 2),
+    }
 
 
 def _verdict(step: Callable[[], None]) -> str:
@@ -327,13 +335,15 @@ def _seconds(run: Callable[[], Any], times: int) -> float | None:
     return min(taken)
 
 
-def main(names: list[str], fast: bool) -> None:
+def main(names: list[str], fast: bool, only_times: bool) -> None:
     """Check the networks named, or all, write benchmarks/results/zoo.json and keep there what is not checked now."""
     path = RESULTS / "zoo.json"
     known = {row["network"]: row for row in json.loads(path.read_text())["networks"]} if path.exists() else {}
     for entry in ZOO:
         if not names or entry.name in names:
-            known[entry.name] = known.get(entry.name, {}) | check(entry, fast)
+            known[entry.name] = known.get(entry.name, {}) | (
+                times(*entry.build()) if only_times else check(entry, fast)
+            )
             print(json.dumps(known[entry.name]), flush=True)
             rows = [known[e.name] for e in ZOO if e.name in known]
             write_result("zoo", {"command": "python -m benchmarks.zoo", "networks": rows})
@@ -343,4 +353,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="networks to check anew; all if none are named")
     parser.add_argument("--fast", action="store_true", help="without torch.compile, torch.export and ONNX")
+    parser.add_argument("--times", dest="only_times", action="store_true", help="measure nothing but the seconds anew")
     main(**vars(parser.parse_args()))

@@ -15,18 +15,19 @@ import torch
 from modprune._files import write_text
 
 RESULTS = Path(__file__).parent / "results"
+CHANGED = ("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
 PACKAGES = ("torch", "torchvision", "torch-pruning", "fvcore", "thop", "numpy", "accelerate")
 
 
 def environment() -> dict[str, Any]:
-    """Processor, threads, library versions and the commit, with "+" if the tree had changes beside it."""
+    """Processor, threads, library versions and the commit, with "+" if the tree, but for results, had changes."""
     return {
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git(*CHANGED) else ""),
     }
 
 

@@ -141,7 +141,22 @@ def zoo() -> str:
         notes += [f"- `{row['network']}`: `{name}` stays: {why}" for name, why in row["refused"].items()]
     machine = run["environment"]
     note = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}."
-    return "\n".join([ZOO_HEAD, "", *lines, "", note, "", *notes, ""])
+    return "\n".join([ZOO_HEAD, "", *lines, "", note, "", *notes, "", *_usual_sizes(), ""])
+
+
+def _usual_sizes() -> list[str]:
+    """Finding at the sizes that networks are used at, where Python is not most of the time."""
+    rows = load("find-speed")["networks"]
+    text = (
+        "Most inputs above are small, and Python takes longer there than the arithmetic. One sample of the usual size:"
+    )
+    lines = [_row(["network", "forward, ms", "dependency graph, ms", "finding, ms", "share"])]
+    lines.append(_row(["---", *["---:"] * 4]))
+    for row in rows:
+        seconds = [row[f"{what}_seconds"] for what in ("forward", "depgraph", "find")]
+        cells = ["none" if value is None else f"{1000 * value:.0f}" for value in seconds]
+        lines.append(_row([f"`{row['network']}`", *cells, f"{_share(row):.2f}"]))
+    return ["## At usual sizes", "", text, "", *lines]
 
 
 def _share(row: dict[str, Any]) -> float:

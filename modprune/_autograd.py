@@ -52,7 +52,8 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(False)
         with torch.no_grad():
             for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer  # a pass may have put another in its place
+                if differentiable_tensors(module._buffers[name]):  # the pass has put another in its place
+                    module._buffers[name] = buffer
                 if not torch.equal(buffer, value):  # a write, even of the same values, would spoil graphs it is in
                     buffer.copy_(value)
         for module, before in attributes.items():

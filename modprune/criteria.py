@@ -78,23 +78,26 @@ class LinearProbe:
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(repeats, blocks): each repeat from samples of its own."""
-        return _along_points(model, blocks, loader, self.samples, self.repeats, _logistic)
+        return _along_points(model, blocks, loader, self.samples, self.repeats, self._accuracy)
+
+    def _accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
+        from sklearn.linear_model import LogisticRegression
+
+        return _held_out(LogisticRegression(max_iter=1000), features, labels)
 
 
 @dataclass(frozen=True)
-class Dbp:
+class Dbp(LinearProbe):
     """As `LinearProbe`, with a linear classifier by least squares (ridge) in place of logistic regression.
 
     After Wang et al., "DBP: Discrimination Based Block-Level Pruning for Deep Model Acceleration" (2019), who train the
     linear classifier of each block by SGD on all the data.
     """
 
-    samples: int = 1000
-    repeats: int = 3
+    def _accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
+        from sklearn.linear_model import RidgeClassifier
 
-    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
-        """(repeats, blocks): each repeat from samples of its own."""
-        return _along_points(model, blocks, loader, self.samples, self.repeats, _least_squares)
+        return _held_out(RidgeClassifier(), features, labels)
 
 
 @dataclass(frozen=True)
@@ -332,18 +335,6 @@ def _drawn(model: nn.Module, loader: Iterable[Any], samples: int, repeats: int) 
     """`draw`, with torch's RNG as it was before."""
     with evaluating(model):
         return list(draw(loader, samples, repeats))
-
-
-def _logistic(features: np.ndarray, labels: np.ndarray) -> float:
-    from sklearn.linear_model import LogisticRegression
-
-    return _held_out(LogisticRegression(max_iter=1000), features, labels)
-
-
-def _least_squares(features: np.ndarray, labels: np.ndarray) -> float:
-    from sklearn.linear_model import RidgeClassifier
-
-    return _held_out(RidgeClassifier(), features, labels)
 
 
 def _held_out(classifier: Any, features: np.ndarray, labels: np.ndarray) -> float:

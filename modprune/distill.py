@@ -58,19 +58,16 @@ class CachedTeacher:
         """The teacher's logits (B, classes), float32, for a batch `(images, labels, index)` of the loader."""
         images, _, index = batch
         known = self._logits.get(self.loader.view)
-        if known is None:
-            return self._ask(images, index)
-        new = known[index].isnan().any(1)
+        new = torch.ones_like(index, dtype=torch.bool) if known is None else known[index].isnan().any(1)
         if new.any():
-            self._ask(images[new], index[new])
+            with torch.no_grad(), evaluating(self.model):
+                logits = logits_of(self.model(images[new])).float()
+            if known is None:
+                known = logits.new_full((len(self.loader.data), logits.shape[1]), math.nan)
+                self._logits[self.loader.view] = known
+            known[index[new]] = logits
+        assert known is not None
         return known[index]
-
-    def _ask(self, images: Tensor, index: Tensor) -> Tensor:
-        with torch.no_grad(), evaluating(self.model):
-            logits = logits_of(self.model(images)).float()
-        empty = logits.new_full((len(self.loader.data), logits.shape[1]), math.nan)
-        self._logits.setdefault(self.loader.view, empty)[index] = logits
-        return logits
 
     def state_dict(self) -> dict[str, dict[int, Tensor]]:
         """What the teacher has said so far, for a checkpoint: a resumed run need not ask again."""

@@ -27,7 +27,6 @@ from modprune._memory import keep_freed_memory
 from modprune.blocks import Blocks
 from modprune.criteria import CRITERIA, BlockScores
 from modprune.data import ImageData, ImageLoader, cifar10
-from modprune.job import VIEWS
 from modprune.models import resnet56
 
 REMOVED = (0.30, 0.45, 0.60, 0.75)
@@ -87,8 +86,8 @@ def recovered(
 ) -> float:
     """Top-1 after the last epoch of `modprune.finetune` with its defaults, taught by the unpruned network."""
     pruned = PruningPlan(tuple(removed)).apply(copy.deepcopy(network)).to(memory_format=torch.channels_last)
-    loader = ImageLoader(train, 128, pad=4, shuffle=True, seed=seed, views=VIEWS)
-    finetune(pruned, loader, teacher=CachedTeacher(network, loader), epochs=epochs)
+    loader = ImageLoader(train, 128, pad=4, shuffle=True, seed=seed)
+    finetune(pruned, loader, teacher=CachedTeacher(network, len(train)), epochs=epochs)
     return top1(pruned, test)
 
 

@@ -26,7 +26,7 @@ from modprune._memory import keep_freed_memory
 from modprune.checkpoints import states
 from modprune.data import ImageData, ImageLoader, cifar10
 from modprune.finetune import Recipe, warmup_cosine
-from modprune.job import VIEWS, prune_job
+from modprune.job import prune_job
 from modprune.models import resnet56
 
 FLOPS, PARAMS, SEED, BATCH, PAD = 0.60, 0.425, 0, 128, 4
@@ -56,13 +56,7 @@ def main(data_dir: Path, weights: Path, out: Path, epochs: int, now: bool) -> No
         "removed": plan.remove,
         "kept": [name for name in plan.scores if name not in plan.remove],
         "scores": dict(plan.scores),
-        "recipe": {
-            **asdict(recipe),
-            "batch_size": BATCH,
-            "pad": PAD,
-            "views": VIEWS,
-            "teacher": "the unpruned network",
-        },
+        "recipe": {**asdict(recipe), "batch_size": BATCH, "pad": PAD, "teacher": "the unpruned network, cached"},
         "trained_epochs": len(history),
         "epochs_on_another_schedule": epochs_on_another_schedule(history, recipe, len(train) // BATCH),
         "seed": SEED,

@@ -92,7 +92,6 @@ class ImageLoader:
         shuffle: a new order each epoch; otherwise the order of the data. The last, smaller batch is dropped if so.
         seed: of order and augmentation.
         device: where batches are made and left.
-        views: augmentations repeat after that many epochs (see `CachedTeacher`); 0 for never.
     """
 
     def __init__(
@@ -104,10 +103,9 @@ class ImageLoader:
         shuffle: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        views: int = 0,
     ) -> None:
         self.data, self.batch_size, self.pad, self.shuffle = data, batch_size, pad, shuffle
-        self.seed, self.views, self.epoch = seed, views, 0
+        self.seed, self.epoch = seed, 0
         self.device = torch.device(device)
         border = pad or 0
         self._padded = torch.nn.functional.pad(data.images, (border,) * 4).to(self.device)
@@ -119,11 +117,6 @@ class ImageLoader:
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration draws; without a call, iterations count up from 0."""
         self.epoch = epoch
-
-    @property
-    def view(self) -> int:
-        """Which of the `views` augmentations the current epoch uses; the epoch itself if they never repeat."""
-        return self.epoch % self.views if self.views else self.epoch
 
     def __len__(self) -> int:
         share = len(self._share(torch.arange(len(self.data))))
@@ -141,7 +134,7 @@ class ImageLoader:
 
     def _crops(self) -> Tensor:
         """(N, 3) int64 of this epoch: row and column of the crop, and whether it is flipped."""
-        generator = _generator(self.seed, self.view, 1)
+        generator = _generator(self.seed, self.epoch, 1)
         offsets = torch.randint(2 * (self.pad or 0) + 1, (len(self.data), 2), generator=generator)
         flips = torch.randint(2, (len(self.data), 1), generator=generator)
         return torch.cat([offsets, flips], 1).to(self.device)

@@ -1,11 +1,10 @@
-"""Learning from a teacher: the loss, and a teacher that remembers what it said.
+"""Learning from a teacher: the loss, and a teacher that remembers what it has said.
 
 Hinton et al., "Distilling the Knowledge in a Neural Network" (2015).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._inputs import call, evaluating, first_tensor, split_batch
-from modprune.data import ImageLoader
+from modprune._inputs import call, device_of, evaluating, first_tensor, split_batch
 
 Teacher = Callable[[Any], Tensor]
 """From a batch to logits (B, classes)."""
@@ -39,43 +37,46 @@ def distillation_loss(logits: Tensor, labels: Tensor | None, soft: Tensor | None
 
 
 class CachedTeacher:
-    """A teacher that looks at each augmented image once and remembers its logits.
+    """A teacher that looks at each training image a few times, then answers the mean of what it has said about it.
 
-    Without an accelerator a large teacher costs as much as its student learns. Where the loader's augmentations
-    repeat after `views` epochs, the teacher works in the first `views` epochs only, and both still see the same
-    crop ("consistent" in Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", 2022).
+    Without an accelerator a large teacher costs as much as its student learns. Crops and flips change its soft
+    labels less than the image does, so after `looks` of them it need not look again, while the student goes on to
+    see new ones.
 
     Args:
         model: the teacher; left as found.
-        loader: the `ImageLoader` that the student trains on.
+        images: number of training images.
+        looks: at each image, under the augmentation of the moment.
     """
 
-    def __init__(self, model: nn.Module, loader: ImageLoader) -> None:
-        self.model, self.loader = model, loader
-        self._logits: dict[int, Tensor] = {}
+    def __init__(self, model: nn.Module, images: int, looks: int = 8) -> None:
+        self.model, self.looks = model, looks
+        self._seen = torch.zeros(images, dtype=torch.int64, device=device_of(model))
+        self._total: Tensor | None = None
 
     def __call__(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """The teacher's logits (B, classes), float32, for a batch `(images, labels, index)` of the loader."""
+        """The mean logits (B, classes), float32, for a batch `(images, labels, index)` of an `ImageLoader`."""
         images, _, index = batch
-        known = self._logits.get(self.loader.view)
-        new = torch.ones_like(index, dtype=torch.bool) if known is None else known[index].isnan().any(1)
+        new = self._seen[index] < self.looks
         if new.any():
             with torch.no_grad(), evaluating(self.model):
                 logits = logits_of(self.model(images[new])).float()
-            if known is None:
-                known = logits.new_full((len(self.loader.data), logits.shape[1]), math.nan)
-                self._logits[self.loader.view] = known
-            known[index[new]] = logits
-        assert known is not None
-        return known[index]
+            if self._total is None:
+                self._total = logits.new_zeros(len(self._seen), logits.shape[1])
+            self._total[index[new]] += logits
+            self._seen[index[new]] += 1
+        assert self._total is not None
+        return self._total[index] / self._seen[index, None]
 
-    def state_dict(self) -> dict[str, dict[int, Tensor]]:
+    def state_dict(self) -> dict[str, Tensor | None]:
         """What the teacher has said so far, for a checkpoint: a resumed run need not ask again."""
-        return {"logits": self._logits}
+        return {"seen": self._seen, "total": self._total}
 
-    def load_state_dict(self, state: dict[str, dict[int, Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """What `state_dict` gave."""
-        self._logits = {view: logits.to(self.loader.device) for view, logits in state["logits"].items()}
+        device = self._seen.device
+        self._seen = state["seen"].to(device)
+        self._total = None if state["total"] is None else state["total"].to(device)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -24,9 +24,6 @@ from modprune.pruner import ModularityPruner
 from modprune.report import Report, compare
 from modprune.store import save
 
-# The teacher sees each image under this many crops, then its logits are reused: see `CachedTeacher`.
-VIEWS = 8
-
 
 def prune_job(
     model: nn.Module,
@@ -82,8 +79,8 @@ def prune_job(
         plan = _measure(pruner, out)
     pruned = plan.apply(copy.deepcopy(model), example)
     if recipe is not None:
-        loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device, views=VIEWS)
-        teacher = CachedTeacher(model, loader)
+        loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device)
+        teacher = CachedTeacher(model, len(train))
         pruned.to(memory_format=torch.channels_last)
         history = finetune(pruned, loader, teacher=teacher, checkpoints=checkpoints, resume=resume, **asdict(recipe))
         write_text(out / "history.json", json.dumps([asdict(epoch) for epoch in history], indent=2) + "\n")

@@ -42,17 +42,6 @@ def test_an_epoch_depends_on_seed_and_number_alone():
     assert not torch.equal(epoch(0, 3), epoch(1, 3))
 
 
-def test_views_repeat_the_augmentation_and_not_the_order():
-    loader = ImageLoader(images(), 20, pad=2, shuffle=True, views=2)
-    epochs = []
-    for _ in range(3):
-        ((x, _, index),) = loader
-        epochs.append((x[index.argsort()], index))
-    assert torch.equal(epochs[0][0], epochs[2][0])
-    assert not torch.equal(epochs[0][0], epochs[1][0])
-    assert not torch.equal(epochs[0][1], epochs[2][1])
-
-
 def test_training_drops_the_last_batch_and_testing_keeps_it():
     assert [len(y) for _, y, _ in ImageLoader(images(), 8, shuffle=True)] == [8, 8]
     assert [len(y) for _, y, _ in ImageLoader(images(), 8)] == [8, 8, 4]

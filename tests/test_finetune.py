@@ -25,8 +25,8 @@ def network(seed: int = 0) -> nn.Module:
     return CifarResNet((1, 1, 1))
 
 
-def loader(views: int = 0) -> ImageLoader:
-    return ImageLoader(DATA, 64, pad=1, shuffle=True, views=views)
+def loader() -> ImageLoader:
+    return ImageLoader(DATA, 64, pad=1, shuffle=True)
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -56,10 +56,9 @@ def test_the_rate_rises_then_falls_to_zero():
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
     def run(**options):
-        student, teacher, data = network(), network(1), loader(views=2)
-        return student, finetune(
-            student, data, teacher=CachedTeacher(teacher, data), epochs=4, progress=False, **options
-        )
+        student, teacher, data = network(), network(1), loader()
+        cached = CachedTeacher(teacher, len(DATA), looks=2)
+        return student, finetune(student, data, teacher=cached, epochs=4, progress=False, **options)
 
     whole, history = run()
     save = module.save_state
@@ -86,9 +85,8 @@ def test_a_resumed_run_does_not_ask_its_teacher_again(tmp_path):
     teacher, seen = network(1), []
     teacher.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     for epochs, asked in ((3, 2 * len(DATA)), (5, 2 * len(DATA))):
-        data = loader(views=2)
-        cached = CachedTeacher(teacher, data)
-        finetune(network(), data, teacher=cached, epochs=epochs, checkpoints=tmp_path, resume=True, progress=False)
+        cached = CachedTeacher(teacher, len(DATA), looks=2)
+        finetune(network(), loader(), teacher=cached, epochs=epochs, checkpoints=tmp_path, resume=True, progress=False)
         assert sum(seen) == asked
 
 

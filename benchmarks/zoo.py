@@ -187,14 +187,21 @@ def check(entry: Entry, fast: bool) -> dict[str, Any]:
     return row | {"removed": len(blocks), "params_before": count_params(model), "params_after": count_params(pruned)}
 
 
+ROUNDS = 7
+
+
 def times(model: nn.Module, inputs: Any) -> dict[str, float | None]:
-    """Seconds of a forward pass, of building torch-pruning's dependency graph (None where it cannot), of finding."""
-    find_blocks(model, inputs)  # warms up all three
-    return {
-        "forward_seconds": _seconds(lambda: _outputs(model, inputs), 3),
-        "depgraph_seconds": _seconds(lambda: dependency_graph(model, inputs), 2),
-        "find_seconds": _seconds(lambda: find_blocks(model, inputs), 2),
+    """Least seconds, in turns, of a forward pass, of building torch-pruning's dependency graph, of finding.
+
+    None where torch-pruning cannot.
+    """
+    runs: dict[str, Callable[[], Any]] = {
+        "forward_seconds": lambda: _outputs(model, inputs),
+        "depgraph_seconds": lambda: dependency_graph(model, inputs),
+        "find_seconds": lambda: find_blocks(model, inputs),
     }
+    taken = [{name: _seconds(run) for name, run in runs.items()} for _ in range(1 + ROUNDS)][1:]  # the first warms up
+    return {name: None if taken[0][name] is None else min(r[name] for r in taken) for name in runs}  # type: ignore
 
 
 def _verdict(step: Callable[[], None]) -> str:
@@ -320,19 +327,16 @@ def _close(got: list[Any], expected: list[torch.Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * max(1.0, b.abs().max().item()))
 
 
-def _seconds(run: Callable[[], Any], times: int) -> float | None:
-    """The least of several runs; None where it cannot run."""
-    taken = []
-    for _ in range(times):
-        started = time.perf_counter()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                run()
-        except RuntimeError:
-            return None
-        taken.append(time.perf_counter() - started)
-    return min(taken)
+def _seconds(run: Callable[[], Any]) -> float | None:
+    """How long it takes; None where it cannot run."""
+    started = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run()
+    except RuntimeError:
+        return None
+    return time.perf_counter() - started
 
 
 def main(names: list[str], fast: bool, only_times: bool) -> None:

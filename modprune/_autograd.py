@@ -62,15 +62,13 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes that are no part of torch's own state; dicts and lists as they are now."""
-    now = vars(module)
-    plain = {name: now[name] for name in now.keys() - _TORCHS_OWN}
+    plain = {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
     return {name: copy.copy(value) if type(value) in (dict, list) else value for name, value in plain.items()}
 
 
 def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
-    for name in vars(module).keys() - _TORCHS_OWN:
-        value = getattr(module, name)
-        if not differentiable_tensors(value):
+    for name, value in list(vars(module).items()):
+        if name in _TORCHS_OWN or not differentiable_tensors(value):
             continue
         if name not in before:
             delattr(module, name)
@@ -127,6 +125,8 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
         RuntimeError: if the model cannot run on `inputs`; one line.
     """
     calls: dict[str, Call] = {}
+    # Later layers may write into what goes in: the proof needs it as it is then.
+    values: dict[Edge, Tensor] = {}
 
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = first_tensor((args, kwargs))
@@ -134,9 +134,9 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
         if name in calls:
             calls[name].times += 1
         elif x is not None and start is not None:
-            # Later layers may write into x in place: the proof needs it as it is now.
-            x = x.detach().clone() if _is_composite(module) else x.detach()
-            calls[name] = Call(name, module, args, kwargs, x, start)
+            if _is_composite(module) and start not in values:
+                values[start] = x.detach().clone()
+            calls[name] = Call(name, module, args, kwargs, values.get(start, x.detach()), start)
 
     def after(name: str, out: Any) -> None:
         y = first_tensor(out)
@@ -162,7 +162,7 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
 
 
 def _is_composite(module: nn.Module) -> bool:
-    return any(True for _ in module.children())
+    return bool(module._modules)
 
 
 def _sources(out: Any, arguments: list[Any]) -> tuple[int, ...]:
@@ -240,6 +240,7 @@ def identity_path(end: Edge, start: Edge, without: Collection[Any] = ()) -> str:
         "branch" if it is learned and made from `start`, "other" if it is learned but not from `start`, "" if neither.
     """
     seen, stack, best = set(), [(end, 0, False)], 0
+    makings: dict[Any, tuple[bool, bool]] = {}
     while stack:
         step = here, added, normed = stack.pop()
         if here == start and not normed:
@@ -252,11 +253,31 @@ def identity_path(end: Edge, start: Edge, without: Collection[Any] = ()) -> str:
         if not is_any(here[0], SUMS):
             stack.append((inputs[0], added, normed or is_any(here[0], NORMS)))
             continue
+        makings = makings or _makings(end[0], start)
         for i in _unscaled(here[0]):
-            sides = [between(node, start) for j, (node, _) in enumerate(inputs) if j != i and node is not None]
-            gains = [1 + (start[0] in side) for side in sides if here[0] not in without and parameters(side)]
+            others = [node for j, (node, _) in enumerate(inputs) if j != i and node is not None]
+            made = [(False, True) if node is start[0] else makings[node] for node in others]
+            gains = [1 + from_start for learned, from_start in made if learned and here[0] not in without]
             stack.append((inputs[i], max([added, *gains]), False))
     return ("", "other", "branch")[best]
+
+
+def _makings(end: Any, start: Edge) -> dict[Any, tuple[bool, bool]]:
+    """For each node from `end` back to `start`: whether it is made from parameters, and whether from `start`'s node."""
+    found: dict[Any, tuple[bool, bool]] = {}
+    stack = [end]
+    while stack:
+        node = stack[-1]
+        inputs = [following for following in node.next_functions if following[0] is not None]
+        waiting = [other for other, output in inputs if (other, output) != start and other not in found]
+        if node not in found and waiting:
+            stack += waiting
+            continue
+        stack.pop()
+        made = [(False, True) if following == start else found[following[0]] for following in inputs]
+        learned = hasattr(node, "variable") or any(learned for learned, _ in made)
+        found[node] = learned, node is start[0] or any(from_start for _, from_start in made)
+    return found
 
 
 def _unscaled(node: Any) -> tuple[int, ...]:

@@ -162,10 +162,12 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode inside the block; every module's own mode and torch's RNG are put back after it."""
     modes = {module: module.training for module in model.modules()}
     device = device_of(model)
-    model.eval()
+    if any(modes.values()):
+        model.eval()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield model
     finally:
         for module, mode in modes.items():
-            module.training = mode
+            if module.training != mode:
+                module.training = mode

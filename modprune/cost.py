@@ -7,6 +7,7 @@ products; fvcore adds batch norm at 2 per element (the convention of Lu et al.) 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import statistics
 import time
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -56,42 +59,81 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 @contextmanager
 def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
     """`macs_by_module` of the one forward pass that is made inside; filled when the context ends."""
-    counter, macs = _Flops(), dict.fromkeys((name for name, _ in model.named_modules()), 0)
+    counter, names = _Flops(), {module: name for name, module in model.named_modules()}
+    macs = dict.fromkeys(names.values(), 0)
 
-    def change(name: str, sign: int) -> None:
-        macs[name] += sign * counter.total
+    def change(module: nn.Module, sign: int) -> None:
+        if module in names:
+            macs[names[module]] += sign * counter.total
 
-    hooks: list[Any] = []
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: change(name, -1)))
-        hooks.append(module.register_forward_hook(lambda *_, name=name: change(name, 1)))
+    # Hooks for all modules at once: to register one on each of hundreds takes longer than to call it.
+    before = register_module_forward_pre_hook(lambda module, _: change(module, -1))
+    after = register_module_forward_hook(lambda module, *_: change(module, 1))
     try:
         with _plain_attention(), counter:
             yield macs
     finally:
-        for hook in hooks:
-            hook.remove()
+        before.remove()
+        after.remove()
     samples = batch_size(inputs)
     for name in macs:
         macs[name] //= 2 * samples
 
 
-class _Flops(TorchDispatchMode):
+# Functions of torch, by name, in which nothing is multiplied and summed: most of a network's calls, and cheap ones.
+_WITHOUT_PRODUCTS = frozenset(
+    (
+        *("__get__", "__getitem__", "__setitem__", "dim", "size", "numel", "_assert", "to", "float", "clone", "pad"),
+        *("view", "reshape", "reshape_as", "flatten", "permute", "transpose", "swapaxes", "contiguous", "expand"),
+        *("squeeze", "unsqueeze", "chunk", "split", "unbind", "cat", "stack", "roll", "masked_fill", "dropout"),
+        *("add", "add_", "iadd", "sub", "mul", "div", "neg", "pow", "rsqrt", "sum", "mean", "softmax"),
+        *("batch_norm", "layer_norm", "group_norm", "normalize", "adaptive_avg_pool2d", "avg_pool2d", "max_pool2d"),
+        *("relu", "hardtanh", "gelu", "silu", "sigmoid", "tanh", "leaky_relu", "hardswish", "hardsigmoid", "clamp"),
+    )
+)
+
+
+class _Flops(TorchFunctionMode):
     """Floating-point operations so far, by torch's own formulas.
 
     `FlopCounterMode` has the same but tracks modules in a way that fails where a parameter is handed from one to
-    another with gradients on.
+    another with gradients on, and looks at every operation, which costs a small network half of its time.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = _Operations()
+
+    @property
+    def total(self) -> int:
+        return self.operations.flops
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__ in _WITHOUT_PRODUCTS:
+            return function(*args, **(kwargs or {}))
+        with self.operations:
+            return function(*args, **(kwargs or {}))
+
+
+class _Operations(TorchDispatchMode):
     supports_higher_order_operators = True
-    total = 0
+    flops = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         formula = flop_registry.get(getattr(function, "_overloadpacket", None))
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += _flops(formula, args, kwargs or {}, out)
         return out
+
+
+def _flops(formula: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
+    """A formula's result. Most take shapes, in a wrapper that maps trees of arguments and takes longer than they do."""
+    of_shapes = inspect.unwrap(formula)
+    if of_shapes is formula:
+        return int(formula(*args, **kwargs, out_val=out))
+    shapes = [arg.shape if isinstance(arg, torch.Tensor) else arg for arg in args]
+    return int(of_shapes(*shapes, **kwargs, out_shape=out.shape if isinstance(out, torch.Tensor) else None))
 
 
 def macs_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, int]:

@@ -8,13 +8,13 @@ a list for each network.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from modprune._autograd import (
@@ -249,14 +249,27 @@ def _children(model: nn.Module, name: str) -> list[str]:
 
 def _gives_input_back(seen: Call) -> bool:
     """Whether the block with all its parameters zero returns its input bit for bit."""
-    zeros = {name: torch.zeros_like(parameter) for name, parameter in seen.module.named_parameters()}
     args, kwargs = _replace_first(seen.args, seen.kwargs, seen.x.clone())
     try:
-        with torch.no_grad():
-            y = first_tensor(functional_call(seen.module, zeros, args, kwargs))
+        with torch.no_grad(), _zeroed(seen.module):
+            y = first_tensor(seen.module(*args, **kwargs))
         return y is not None and torch.equal(y, seen.x)
     except Exception:  # a cache among the arguments has grown since, and does not fit a second time
         return False
+
+
+@contextmanager
+def _zeroed(module: nn.Module) -> Iterator[None]:
+    """Zeros in the place of all parameters; quicker than `torch.func.functional_call`, which looks for ties first."""
+    places = [(inner, name) for inner in module.modules() for name, p in inner._parameters.items() if p is not None]
+    originals = [inner._parameters[name] for inner, name in places]
+    try:
+        for (inner, name), parameter in zip(places, originals, strict=True):
+            inner._parameters[name] = torch.zeros_like(parameter)  # type: ignore[assignment, arg-type]
+        yield
+    finally:
+        for (inner, name), parameter in zip(places, originals, strict=True):
+            inner._parameters[name] = parameter
 
 
 def _replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Any:

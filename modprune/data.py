@@ -82,7 +82,8 @@ class ImageLoader:
     """Batches `(images, labels, index)` from `ImageData`: float32 (B, C, H, W) normalised, (B,) and (B,) int64.
 
     The order and the augmentation of an epoch depend on `seed` and `epoch` alone, so a resumed run sees what an
-    uninterrupted one sees. Under torch.distributed each process gets its share of every epoch.
+    uninterrupted one sees. Under torch.distributed each process gets its share of a shuffled epoch, and all of the data
+    in order, so that each measures the same.
 
     Args:
         data: the images.
@@ -140,9 +141,10 @@ class ImageLoader:
         return torch.cat([offsets, flips], 1).to(self.device)
 
     def _share(self, order: Tensor) -> Tensor:
-        if not (dist.is_available() and dist.is_initialized()):
+        if not (self.shuffle and dist.is_available() and dist.is_initialized()):
             return order
-        return order[dist.get_rank() :: dist.get_world_size()]
+        processes = dist.get_world_size()
+        return order[: len(order) // processes * processes][dist.get_rank() :: processes]  # as many for each
 
 
 def _crop(padded: Tensor, index: Tensor, crops: Tensor, data: ImageData) -> Tensor:

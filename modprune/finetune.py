@@ -127,14 +127,15 @@ class _Run:
     """One training run: everything that a checkpoint has to bring back."""
 
     def __init__(self, model: nn.Module, loader: Iterable[Any], teacher: object, recipe: Recipe) -> None:
-        self.model, self.loader, self.recipe, self.device = model, loader, recipe, device_of(model)
-        self.steps = _steps(loader)
+        self.model, self.recipe, self.device = model, recipe, device_of(model)
         self.history: list[Epoch] = []
         self.distill = recipe.distill if teacher is not None else 0.0
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         # Somebody else's Accelerator in this process has settled the precision; ours has to follow it.
         precision = None if is_initialized() else ("bf16" if autocast_dtype(self.device) else "no")
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.device.type == "cpu", device_placement=False)
+        self.loader = self.accelerator.prepare(loader) if isinstance(loader, DataLoader) else loader
+        self.steps = _steps(self.loader)
         self.optimizer: Any = torch.optim.SGD(
             model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
             nesterov=recipe.momentum > 0,
@@ -144,8 +145,6 @@ class _Run:
 
     def prepare(self) -> None:
         self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        if isinstance(self.loader, DataLoader):
-            self.loader = self.accelerator.prepare(self.loader)
         self.accelerator.register_for_checkpointing(self.schedule, self)
 
     def epoch(self, epoch: int, teach: Teacher | None, progress: bool) -> tuple[float, float]:
@@ -168,7 +167,7 @@ class _Run:
             self.optimizer.zero_grad()
             losses.add(loss.detach())
             seen += len(logits)
-        mean = losses.mean()
+        mean = float(self.accelerator.reduce(torch.tensor(losses.mean(), device=self.device), "mean"))
         return mean, seen * self.accelerator.num_processes / (time.perf_counter() - started)
 
     def state_dict(self) -> dict[str, Any]:

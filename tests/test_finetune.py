@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import math
+import os
+import socket
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -139,3 +143,48 @@ def test_loaders_without_length_or_batches_are_named():
         finetune(network(), (batch for batch in loader()), epochs=1)
     with pytest.raises(ValueError, match="gives no batch"):
         finetune(network(), ImageLoader(DATA, 300, shuffle=True), epochs=1)
+
+
+def plain_network() -> nn.Module:
+    """Without batch norm, whose statistics are each process's own."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def trained(batch_size: int, **options) -> tuple[nn.Module, dict[str, list]]:
+    """One run from `ImageLoader`, interrupted and resumed, and one from a torch DataLoader, with a batch each."""
+    model, torch_model = plain_network(), plain_network()
+    images = ImageLoader(DATA, batch_size, pad=1, shuffle=True)
+    common = {"val_loader": ImageLoader(DATA, 100), "teacher": plain_network(), "lr": 0.05, "progress": False}
+    finetune(model, images, epochs=2, **common, **options)
+    mine = finetune(model, images, epochs=3, resume=True, **common, **options)
+    rows = TensorDataset(DATA.images.float() / 255, DATA.labels)
+    theirs = finetune(torch_model, DataLoader(rows, batch_size), epochs=2, **common)
+    return model, {"images": [asdict(epoch) for epoch in mine], "torch": [asdict(epoch) for epoch in theirs]}
+
+
+def _rank(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    model, history = trained(32, checkpoints=f"{folder}/states")
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(history, file)
+
+
+def test_two_processes_learn_what_one_learns_from_batches_twice_as_large(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    one, history = trained(64, checkpoints=tmp_path / "one")
+    for rank in range(2):
+        two = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in one.state_dict().items():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+        shared = json.loads((tmp_path / f"{rank}.json").read_text())
+        for loader in ("images", "torch"):
+            for key in ("epoch", "loss", "lr", "top1"):
+                expected = [epoch[key] for epoch in history[loader]]
+                assert [epoch[key] for epoch in shared[loader]] == pytest.approx(expected, rel=1e-4, abs=1e-6)

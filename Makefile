@@ -31,6 +31,7 @@ types: install
 
 docs: install
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.pareto
 	$(BIN)/python -m benchmarks.api
 
 check: lint types test

@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the JSON files in benchmarks/results, between their markers.
+"""Write the tables of README.md, benchmarks/README.md and docs/zoo.md from the JSON files in benchmarks/results.
 
 python -m benchmarks.tables
 """
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._env import RESULTS
+from benchmarks.published import LAYERS, LU
 from modprune._files import write_text
 
-README = Path(__file__).parents[1] / "README.md"
-ZOO_PAGE = README.parent / "docs" / "zoo.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+ZOO_PAGE = ROOT / "docs" / "zoo.md"
 ZOO_HEAD = """# Networks
 
 What `modprune.find_blocks` finds in networks with random weights, and what works once every one of these blocks is
@@ -25,15 +27,6 @@ counted by hand from the papers beforehand. Last, the time of `find_blocks` in m
 passes and one build of the dependency graph. *neither*: the unpruned network cannot do it either; *no*: see below the
 table. By `python -m benchmarks.zoo`."""
 STEPS = ("forward", "round_trip", "width", "pruner", "gradients", "depgraph", "compile", "export", "onnx")
-
-# ResNet56 on CIFAR-10 as published: Lu et al., ECCV 2022, and the rows it compares with. Top-1, parameters and FLOPs
-# removed, in percent.
-PUBLISHED = (
-    ("ResNet56, base of Lu et al.", "93.27", "0", "0"),
-    ("Chen et al., Shallowing Deep Networks", "93.29", "42.30", "34.80"),
-    ("DBP-0.5", "93.39", "not given", "53.41"),
-    ("Lu et al., graph modularity", "93.38", "43.00", "60.30"),
-)
 
 
 def load(name: str) -> dict[str, Any]:
@@ -49,7 +42,10 @@ def headline() -> str:
     base, pruned = report["original"]["accuracy"]["top1"], report["pruned"]["accuracy"]["top1"]
     removed = 100 * report["params_removed"], 100 * report["flops_removed"]["fvcore"]
     lines = ["| method | Top-1 % | parameters removed % | FLOPs removed % |", "|---|---:|---:|---:|"]
-    lines += [f"| {' | '.join(row)} |" for row in PUBLISHED]
+    lines.append(f"| ResNet56, base of Lu et al. | {LU.base:.2f} | 0 | 0 |")
+    for point in LAYERS:
+        params = "not given" if point.params is None else f"{point.params:.2f}"
+        lines.append(f"| {point.method} | {point.top1:.2f} | {params} | {point.macs:.2f} |")
     lines.append(f"| ResNet56, base of modprune | {base:.2f} | 0 | 0 |")
     lines.append(f"| **modprune** | **{pruned:.2f}** | **{removed[0]:.2f}** | **{removed[1]:.2f}** |")
     cpu = run["environment"]["cpu"]
@@ -113,15 +109,33 @@ def clock() -> str:
     return "\n".join([*lines, "", note])
 
 
-TABLES: dict[str, Callable[[], str]] = {"headline": headline, "clock": clock, "speed": speed}
+def criteria() -> str:
+    """For every criterion and budget, what ResNet56 keeps of its Top-1."""
+    rows = load("criteria")["rows"]
+    budgets = sorted({row["asked"] for row in rows})
+    head = ["criterion", *(f"{budget:.0%} of the MACs" for budget in budgets)]
+    lines = [_row(head), _row(["---", *["---:"] * len(budgets)])]
+    for name in dict.fromkeys(row["criterion"] for row in rows):
+        cells = {row["asked"]: row for row in rows if row["criterion"] == name}
+        lines.append(_row([f"`{name}`", *(_recovery(cells[budget]) for budget in budgets)]))
+    return "\n".join(lines)
+
+
+def _recovery(row: dict[str, Any]) -> str:
+    stages = [row["top1_at_once"], row["top1_with_new_batch_norm"], *row["finetuned"].values()]
+    return " → ".join(f"{top1:.1f}" for top1 in stages)
+
+
+TABLES: dict[str, Callable[[], str]] = {"headline": headline, "clock": clock, "speed": speed, "criteria": criteria}
 
 
 def filled(text: str) -> str:
     """`text` with every table between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
     for name, table in TABLES.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        head, rest = text.split(start)
-        text = f"{head}{start}\n{table()}\n{end}{rest.split(end)[1]}"
+        if start in text:
+            head, rest = text.split(start)
+            text = f"{head}{start}\n{table()}\n{end}{rest.split(end)[1]}"
     return text
 
 
@@ -178,6 +192,6 @@ def _row(cells: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    write_text(README, filled(README.read_text()))
-    if (RESULTS / "zoo.json").exists():
-        write_text(ZOO_PAGE, zoo())
+    for page in PAGES:
+        write_text(page, filled(page.read_text()))
+    write_text(ZOO_PAGE, zoo())

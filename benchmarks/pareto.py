@@ -1,0 +1,63 @@
+"""The picture of benchmarks/README.md: Top-1 of pruned ResNet56 against what is removed, ours beside the published.
+
+    python -m benchmarks.pareto
+
+Time is ours alone: nobody publishes it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks._env import RESULTS
+from benchmarks.published import CHANNELS, LAYERS, Point
+from benchmarks.tables import load
+from modprune.picture import BLUE, GREY, RED, save_picture
+
+MARKS = {"blocks": ("s", BLUE), "channels": ("o", GREY)}
+
+
+def main() -> None:
+    """Write benchmarks/results/pareto.png."""
+    report = load("resnet56-cifar10")["report"]
+    base, ours = (report[which]["accuracy"]["top1"] for which in ("original", "pruned"))
+    axes = Figure(figsize=(11, 4), layout="constrained").subplots(1, 3, sharey=True)
+    removed = 100 * report["flops_removed"]["fvcore"], 100 * report["params_removed"], 100 * time_saved(report)
+    for ax, what, own in zip(axes, ("MACs", "parameters", "time of a batch of 64"), removed, strict=True):
+        ax.axhline(base, color="black", lw=0.8, ls=":", label="unpruned, ours")
+        if what != "time of a batch of 64":
+            published(ax, what)
+        ax.plot(own, ours, "*", color=RED, ms=15, label="modprune", zorder=3)
+        ax.set_xlabel(f"{what} removed, %")
+        ax.set_xlim(0, 80)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("Top-1 on CIFAR-10, %")
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
+    save_picture(axes[0], RESULTS / "pareto.png")
+
+
+def published(ax: Axes, what: str) -> None:
+    """The others' points: squares lose blocks, circles channels."""
+    for kind, points in (("blocks", LAYERS), ("channels", CHANNELS)):
+        places = [(_removed(point, what), point.top1) for point in points]
+        known = [(x, y) for x, y in places if x is not None]
+        mark, colour = MARKS[kind]
+        if known:
+            ax.plot(*zip(*known, strict=True), mark, color=colour, mfc="none", label=f"published, {kind}")
+
+
+def _removed(point: Point, what: str) -> float | None:
+    return point.macs if what == "MACs" else point.params
+
+
+def time_saved(report: dict[str, Any]) -> float:
+    """Fraction of the time of a forward pass of 64 images that is gone."""
+    before, after = (report[which]["seconds"]["64"] for which in ("original", "pruned"))
+    return float(1 - after / before)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils.flop_counter import flop_registry
 
 from modprune._inputs import batch_size, call, device_of, evaluating, join, take, to_device
@@ -70,7 +70,7 @@ def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
     before = register_module_forward_pre_hook(lambda module, _: change(module, -1))
     after = register_module_forward_hook(lambda module, *_: change(module, 1))
     try:
-        with _plain_attention(), counter:
+        with _plain_attention(), counter, _PastCheapOnes(counter):
             yield macs
     finally:
         before.remove()
@@ -93,38 +93,37 @@ _WITHOUT_PRODUCTS = frozenset(
 )
 
 
-class _Flops(TorchFunctionMode):
+class _Flops(TorchDispatchMode):
     """Floating-point operations so far, by torch's own formulas.
 
     `FlopCounterMode` has the same but tracks modules in a way that fails where a parameter is handed from one to
-    another with gradients on, and looks at every operation, which costs a small network half of its time.
+    another with gradients on.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = _Operations()
-
-    @property
-    def total(self) -> int:
-        return self.operations.flops
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.__name__ in _WITHOUT_PRODUCTS:
-            return function(*args, **(kwargs or {}))
-        with self.operations:
-            return function(*args, **(kwargs or {}))
-
-
-class _Operations(TorchDispatchMode):
     supports_higher_order_operators = True
-    flops = 0
+    total = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         formula = flop_registry.get(getattr(function, "_overloadpacket", None))
         if formula is not None:
-            self.flops += _flops(formula, args, kwargs or {}, out)
+            self.total += _flops(formula, args, kwargs or {}, out)
         return out
+
+
+class _PastCheapOnes(TorchFunctionMode):
+    """Spares functions without products the way through the counter, which costs a small network half of its time."""
+
+    def __init__(self, counter: _Flops) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cheap = getattr(function, "__name__", "") in _WITHOUT_PRODUCTS
+        if cheap and _get_current_dispatch_mode() is self.counter:
+            with _pop_mode_temporarily():
+                return function(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 def _flops(formula: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:

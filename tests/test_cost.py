@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from modprune.cost import (
     count_macs,
@@ -123,6 +125,34 @@ def test_attention_is_counted():
     tokens = 5
     by_hand = tokens * (4 * 8 * 8 + 2 * 8 * 16) + 2 * tokens * tokens * 8
     assert count_macs(layer, torch.zeros(1, tokens, 8)) == by_hand
+
+
+class _Odd(nn.Module):
+    """Products in functions that few layers call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.lstm, self.bilinear = nn.LSTM(6, 6), nn.Bilinear(6, 6, 6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scripting is deprecated, and still met
+            self.script = torch.jit.script(nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("bsi,ij->bsj", x, self.weight) @ self.weight + torch.addmm(x[0], x[0], self.weight)
+        x = torch.ops.aten.bmm(x, x.transpose(1, 2)) @ self.lstm(x)[0] + torch.baddbmm(x, x @ x.mT, x)
+        return self.script(self.bilinear(x, torch.tensordot(x, self.weight, 1)))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(_Odd, (2, 5, 6)), *((getattr(torchvision.models, n), (2, 3, 64, 64)) for n in ("mobilenet_v3_small", "swin_t"))],
+)
+def test_torchs_own_counter_which_looks_at_every_operation_says_the_same(make, shape):
+    model, x = make().eval(), torch.randn(shape)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    assert count_macs(model, x) == counter.get_total_flops() // 2 // len(x) > 0
 
 
 def test_modules_add_up():

@@ -20,8 +20,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from modprune._inputs import batch_size, call, device_of, evaluating, join, take, to_device
@@ -70,7 +69,7 @@ def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
     before = register_module_forward_pre_hook(lambda module, _: change(module, -1))
     after = register_module_forward_hook(lambda module, *_: change(module, 1))
     try:
-        with _plain_attention(), counter, _PastCheapOnes(counter):
+        with _plain_attention(), counter:
             yield macs
     finally:
         before.remove()
@@ -78,19 +77,6 @@ def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
     samples = batch_size(inputs)
     for name in macs:
         macs[name] //= 2 * samples
-
-
-# Functions of torch, by name, in which nothing is multiplied and summed: most of a network's calls, and cheap ones.
-_WITHOUT_PRODUCTS = frozenset(
-    (
-        *("__get__", "__getitem__", "__setitem__", "dim", "size", "numel", "_assert", "to", "float", "clone", "pad"),
-        *("view", "reshape", "reshape_as", "flatten", "permute", "transpose", "swapaxes", "contiguous", "expand"),
-        *("squeeze", "unsqueeze", "chunk", "split", "unbind", "cat", "stack", "roll", "masked_fill", "dropout"),
-        *("add", "add_", "iadd", "sub", "mul", "div", "neg", "pow", "rsqrt", "sum", "mean", "softmax"),
-        *("batch_norm", "layer_norm", "group_norm", "normalize", "adaptive_avg_pool2d", "avg_pool2d", "max_pool2d"),
-        *("relu", "hardtanh", "gelu", "silu", "sigmoid", "tanh", "leaky_relu", "hardswish", "hardsigmoid", "clamp"),
-    )
-)
 
 
 class _Flops(TorchDispatchMode):
@@ -109,21 +95,6 @@ class _Flops(TorchDispatchMode):
         if formula is not None:
             self.total += _flops(formula, args, kwargs or {}, out)
         return out
-
-
-class _PastCheapOnes(TorchFunctionMode):
-    """Spares functions without products the way through the counter, which costs a small network half of its time."""
-
-    def __init__(self, counter: _Flops) -> None:
-        super().__init__()
-        self.counter = counter
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cheap = getattr(function, "__name__", "") in _WITHOUT_PRODUCTS
-        if cheap and _get_current_dispatch_mode() is self.counter:
-            with _pop_mode_temporarily():
-                return function(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
 
 
 def _flops(formula: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:

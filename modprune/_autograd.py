@@ -68,7 +68,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
     for name, value in list(vars(module).items()):
-        if name in _TORCHS_OWN or not differentiable_tensors(value):
+        if name in _TORCHS_OWN or value is before.get(name) or not differentiable_tensors(value):
             continue
         if name not in before:
             delattr(module, name)

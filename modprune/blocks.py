@@ -109,8 +109,9 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         if not found and not refused:
             calls, output = record_calls(model, inputs, leaves=True)
             found = _plain(model, calls, users(output))
-        own = {name: list(module.parameters(recurse=False)) for name, module in model.named_modules()}
-        blocks = [_describe(model, calls[name], kind, stays, own, macs) for name, (kind, stays) in found.items()]
+        own = {n: [p for p in m._parameters.values() if p is not None] for n, m in model.named_modules()}
+        uses = Counter(id(p) for ps in own.values() for p in ps)
+        blocks = [_describe(model, calls[name], kind, stays, own, uses, macs) for name, (kind, stays) in found.items()]
     return Blocks(blocks, refused)
 
 
@@ -225,7 +226,13 @@ def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) 
 
 
 def _describe(
-    model: nn.Module, seen: Call, kind: str, stays: set[int], own: dict[str, list[nn.Parameter]], macs: dict[str, int]
+    model: nn.Module,
+    seen: Call,
+    kind: str,
+    stays: set[int],
+    own: dict[str, list[nn.Parameter]],
+    uses: Counter[int],
+    macs: dict[str, int],
 ) -> Block:
     roots = [seen.name]
     if kind == "plain" and (norm := norm_after(model, seen.name)):
@@ -233,9 +240,8 @@ def _describe(
     names = [name for root in roots for name, _ in model.get_submodule(root).named_modules(prefix=root)]
     inside = {name: own[name] for name in names if name in own}
     here = Counter(id(p) for ps in inside.values() for p in ps)
-    everywhere = Counter(id(p) for ps in own.values() for p in ps if id(p) in here)
     going = {id(p): p.numel() for ps in inside.values() for p in ps if id(p) not in stays}
-    freed = sum(size for key, size in going.items() if here[key] == everywhere[key])
+    freed = sum(size for key, size in going.items() if here[key] == uses[key])
     staying = {name for name, ps in inside.items() if any(id(p) in stays for p in ps)}
     alone = sum(macs[name] - sum(macs[child] for child in _children(model, name)) for name in staying)
     layers = tuple(name for name, ps in inside.items() if ps and name not in staying)

@@ -33,7 +33,7 @@ FLOPS, PARAMS, SEED, BATCH, PAD = 0.60, 0.425, 0, 128, 4
 
 
 def main(data_dir: Path, weights: Path, out: Path, epochs: int, now: bool) -> None:
-    """Run, and write benchmarks/results/resnet56-cifar10.json, the network, its plan and its curve."""
+    """Run, and write benchmarks/results/resnet56-cifar10-first.json, the network, its plan and its curve."""
     keep_freed_memory()
     recipe = Recipe(epochs=epochs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,10 +64,10 @@ def main(data_dir: Path, weights: Path, out: Path, epochs: int, now: bool) -> No
         "history": history,
         "curve": json.loads((out / "curve.json").read_text()),
     }
-    shutil.copyfile(out / "model.safetensors", RESULTS / "resnet56-cifar10.safetensors")
+    shutil.copyfile(out / "model.safetensors", RESULTS / "resnet56-cifar10-first.safetensors")
     shutil.copyfile(out / "curve.png", RESULTS / "resnet56-cifar10-curve.png")
     plan.to_json(RESULTS / "resnet56-cifar10-plan.json")
-    print(write_result("resnet56-cifar10", result))
+    print(write_result("resnet56-cifar10-first", result))
 
 
 def epochs_on_another_schedule(history: list[dict[str, Any]], recipe: Recipe, steps: int) -> int:

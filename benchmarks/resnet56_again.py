@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from benchmarks._env import RESULTS, write_result
 from benchmarks.resnet56_cifar10 import BATCH, PAD
-from modprune import CachedTeacher, Recipe, compare, finetune, load, load_weights, models, save
+from modprune import CachedTeacher, compare, finetune, load, load_weights, models, save
 from modprune._memory import keep_freed_memory
 from modprune.checkpoints import states
 from modprune.data import ImageLoader, cifar10
+from modprune.finetune import Recipe
 
 LR, LOOKS = 0.04, 4
 SEED = 1  # not the first run's: its augmentations would come again

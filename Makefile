@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Libraries are compiled once, not by every process that imports them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test lint types docs check clean
 
 install: .venv/installed

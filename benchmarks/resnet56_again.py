@@ -26,7 +26,7 @@ from modprune.checkpoints import states
 from modprune.data import ImageLoader, cifar10
 from modprune.finetune import Recipe
 
-LR, LOOKS = 0.04, 4
+LR, LOOKS = 0.04, 2
 SEED = 1  # not the first run's: its augmentations would come again
 
 
@@ -90,5 +90,5 @@ if __name__ == "__main__":
     parser.add_argument("--weights", type=Path, required=True, help="the public checkpoint of ResNet56")
     parser.add_argument("--teachers", type=Path, nargs="+", required=True, help="more public checkpoints")
     parser.add_argument("--out", type=Path, default=Path("runs/resnet56-again"), help="folder to work in")
-    parser.add_argument("--epochs", type=int, default=32, help="of fine-tuning")
+    parser.add_argument("--epochs", type=int, default=28, help="of fine-tuning")
     main(**vars(parser.parse_args()))

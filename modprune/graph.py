@@ -16,6 +16,7 @@ from torch import Tensor
 # saves half of the products. Otherwise rows are worked off in blocks that stay in the cache between the steps.
 WHOLE, LONG = 8192, 1024
 BLOCK = 2**21
+RUN = 64
 # Squares and products of float32 norms within these bounds neither overflow nor vanish.
 SAFE_NORMS = (1e-15, 1e15)
 
@@ -169,6 +170,23 @@ def _nearest(gram: Tensor, inverse: Tensor, k: int, start: int = 0) -> FeatureGr
     """The k largest cosines of each row of a block of inner products (B, N) whose first row is sample `start`."""
     gram *= inverse
     gram.diagonal(start).fill_(-torch.inf)
-    values, neighbours = gram.topk(k, dim=1)
+    values, neighbours = _largest(gram, k)
     weights = values * inverse[start : start + len(gram), None]
     return FeatureGraph(neighbours, weights.clamp_min(0).float())
+
+
+def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`rows.topk(k, dim=1)` for rows (B, N), several times as fast where N is large.
+
+    The k largest values lie in the k runs of columns with the largest maxima, and a maximum is cheaper than a sort.
+    """
+    runs = rows.shape[1] // RUN
+    if runs < 8 * k:
+        return rows.topk(k, dim=1)
+    head, tail = rows[:, : runs * RUN].unflatten(1, (runs, RUN)), rows[:, runs * RUN :]
+    best = head.amax(2).topk(k, dim=1).indices
+    candidates = torch.cat([head.gather(1, best[..., None].expand(-1, -1, RUN)).flatten(1), tail], 1)
+    values, at = candidates.topk(k, dim=1)
+    run = at // RUN
+    in_head = best.gather(1, run.clamp_max(k - 1)) * RUN + at % RUN
+    return values, torch.where(run < k, in_head, at + (runs - k) * RUN)

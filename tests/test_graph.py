@@ -47,6 +47,22 @@ def test_q_equals_networkx(size, kind, k):
     assert q == pytest.approx(expected, abs=1e-6)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 300), st.integers(1, 4), st.sampled_from([1, 2, 5]), st.booleans())
+def test_the_largest_by_runs_are_those_of_topk(seed, columns, k, run, ties):
+    k = min(k, columns)
+    rows = data(seed, 6, columns, "ties" if ties else "signed")
+    rows.diagonal().fill_(-torch.inf)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modprune.graph, "RUN", run)
+        values, where = modprune.graph._largest(rows, k)
+    expected = rows.topk(k, dim=1)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(rows.gather(1, where), values)
+    assert all(len(set(row)) == k for row in where.tolist())
+    assert ties or torch.equal(where, expected.indices)
+
+
 @settings(max_examples=40, deadline=None)
 @given(sizes, st.integers(1, 3))
 def test_the_graph_holds_the_largest_cosines(size, k):

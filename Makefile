@@ -35,6 +35,7 @@ types: install
 docs: install
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.pareto
+	$(BIN)/python -m benchmarks.paper
 	$(BIN)/python -m benchmarks.api
 
 check: lint types test

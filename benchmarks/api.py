@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import modprune
+from modprune import studies
 from modprune._files import write_text
 from modprune.criteria import CRITERIA
 
@@ -20,6 +21,7 @@ def page() -> str:
     """The page as Markdown."""
     parts = ["# API", "", "Made from the docstrings by `python -m benchmarks.api`.", ""]
     things = {name: getattr(modprune, name) for name in modprune.__all__}
+    things |= {f"studies.{name}": getattr(studies, name) for name in studies.__all__}
     things |= {f"criteria.{made.__name__}": made for made in CRITERIA.values()}
     for name, thing in things.items():
         parts += [f"## {_title(name, thing)}", "", *_text(thing)]

@@ -6,20 +6,31 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from modprune.data import ImageData
-
-MODEL_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
-DATA_NAMES = ("cifar10", "digits")
-CRITERION_NAMES = (
-    *("modularity", "linear_probe", "dbp", "cka", "block_influence", "ablation", "taylor", "l1_norm", "bn_scale"),
-    *("consensus", "random"),
+from modprune import _studies_cli
+from modprune._options import (
+    Count,
+    Criterion,
+    Data,
+    DataDir,
+    Device,
+    Flops,
+    Json,
+    K,
+    Latency,
+    Model,
+    Params,
+    Repeats,
+    Samples,
+    Seed,
+    Weights,
+    Width,
+    load_data,
+    load_network,
+    pick_device,
 )
 
 app = typer.Typer(
@@ -29,63 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # an error is one line, not a box
     help="Remove whole redundant residual blocks from trained networks, chosen by graph modularity.",
 )
-
-
-def _one_of(choices: tuple[str, ...]) -> Any:
-    def check(value: str) -> str:
-        if value not in choices:
-            raise typer.BadParameter(f"{value!r} is unknown: give one of {', '.join(choices)}")
-        return value
-
-    return check
-
-
-def _spec(value: str) -> str:
-    if value not in MODEL_NAMES and ":" not in value:
-        raise typer.BadParameter(
-            f"{value!r} is unknown: give one of {', '.join(MODEL_NAMES)}, torchvision:NAME, timm:NAME, "
-            "transformers:NAME or path/to/file.py:function"
-        )
-    return value
-
-
-def _fraction(value: float | None) -> float | None:
-    if value is not None and not 0 < value < 1:
-        raise typer.BadParameter(f"{value} is no fraction between 0 and 1, such as 0.6 for 60 %")
-    return value
-
-
-_NETWORKS = (
-    f"{', '.join(MODEL_NAMES)}; or torchvision:NAME, timm:NAME, transformers:NAME, path/to/file.py:function "
-    "(a file of yours: it is run)."
-)
-Model = Annotated[str, typer.Option(help=f"Network: {_NETWORKS}", callback=_spec)]
-Weights = Annotated[Path, typer.Option(help="Its trained weights: a .th, .pt or .safetensors file.")]
-Data = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATA_NAMES)}.", callback=_one_of(DATA_NAMES))]
-DataDir = Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-py; digits need none.")]
-Flops = Annotated[float | None, typer.Option(help="Fraction of MACs to remove, at least.", callback=_fraction)]
-Params = Annotated[float | None, typer.Option(help="Fraction of parameters to remove, at least.", callback=_fraction)]
-Latency = Annotated[
-    float | None,
-    typer.Option(
-        help="Fraction of the time to remove, at least, as measured here; not with --flops.", callback=_fraction
-    ),
-]
-Count = Annotated[int | None, typer.Option("--blocks", min=1, help="How many blocks to remove, exactly.")]
-Width = Annotated[
-    float | None,
-    typer.Option(help="Fraction of channels to cut inside the blocks that stay, by torch-pruning.", callback=_fraction),
-]
-Criterion = Annotated[
-    str,
-    typer.Option(help=f"What scores the blocks: {', '.join(CRITERION_NAMES)}.", callback=_one_of(CRITERION_NAMES)),
-]
-Seed = Annotated[int, typer.Option(help="Of calibration images, their order and augmentation.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file as well.")]
-K = Annotated[int, typer.Option(min=1, help="Neighbours of each sample in the feature graph.")]
-Samples = Annotated[int, typer.Option(min=2, help="Images a repeat.")]
-Repeats = Annotated[int, typer.Option(min=1, help="How many times to measure, on other images each time.")]
+app.add_typer(_studies_cli.app, name="study")
 
 
 @app.command()
@@ -128,8 +83,8 @@ def curve(
     from modprune.data import ImageLoader
     from modprune.picture import save_picture
 
-    network, train = _loaded(model, weights, device), _data(data, data_dir, train=True)
-    loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=_device(device))
+    network, train = load_network(model, weights, device), load_data(data, data_dir, train=True)
+    loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=pick_device(device))
     result = modularity_curve(network, loader, k, samples, repeats)
     flat, falling = result.plateaus(), result.degradations()
     print(f"{'layer':<12} {'Q':>8} {'spread':>8} {'gain':>8}")
@@ -156,8 +111,8 @@ def plan(
     from modprune.data import ImageLoader
 
     _need_budget(flops, params, count, latency)
-    network, train = _loaded(model, weights, device), _data(data, data_dir, train=True)
-    loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=_device(device))
+    network, train = load_network(model, weights, device), load_data(data, data_dir, train=True)
+    loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=pick_device(device))
     example = torch.zeros(1, *train.images.shape[1:])
     pruner = ModularityPruner(
         network, example, loader, criterion,
@@ -194,8 +149,8 @@ def prune(
     from modprune.job import prune_job
 
     _need_budget(flops, params, count, latency)
-    network = _loaded(model, weights, device)
-    train, test = _data(data, data_dir, train=True), _data(data, data_dir, train=False)
+    network = load_network(model, weights, device)
+    train, test = load_data(data, data_dir, train=True), load_data(data, data_dir, train=False)
     recipe = Recipe(epochs=epochs, lr=lr) if epochs else None
     pad = 4 if data == "cifar10" else 1
     try:
@@ -222,8 +177,9 @@ def evaluate(
     from modprune.data import ImageLoader
     from modprune.specs import build_model
 
-    pruned = modprune.load(model, build_model(network) if network else None).to(_device(device))
-    result = modprune.evaluate(pruned, ImageLoader(_data(data, data_dir, train=False), 100, device=_device(device)))
+    pruned = modprune.load(model, build_model(network) if network else None).to(pick_device(device))
+    test = ImageLoader(load_data(data, data_dir, train=False), 100, device=pick_device(device))
+    result = modprune.evaluate(pruned, test)
     print(f"Top-1 {result.top1:.2f} %  Top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.samples} images")
     _write(json_, asdict(result))
 
@@ -243,31 +199,6 @@ def main() -> None:
 def _need_budget(*budgets: float | None) -> None:
     if all(budget is None for budget in budgets):
         raise typer.BadParameter("say how much to remove: --flops, --latency, --params or --blocks")
-
-
-def _loaded(name: str, weights: Path, device: str) -> nn.Module:
-    from modprune import load_weights
-    from modprune.specs import build_model
-
-    return load_weights(build_model(name), weights).to(_device(device))
-
-
-def _data(name: str, folder: Path, train: bool) -> ImageData:
-    from modprune.data import cifar10, digits
-
-    return digits(train) if name == "digits" else cifar10(folder, train)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return name
 
 
 def _write(path: Path | None, data: Any) -> None:

@@ -102,9 +102,10 @@ def modularity_curve(
     example_inputs: Any = None,
     *,
     blocks: Blocks | None = None,
+    layers: Sequence[str] | None = None,
     budget: int = GIB,
 ) -> ModularityCurve:
-    """Q of the stem (the first layer with parameters) and of every residual block's output.
+    """Q of the stem (the first layer with parameters) and of every residual block's output, or of `layers`.
 
     Calibration images come from the training set: a plan chosen on test images is leakage.
 
@@ -116,6 +117,7 @@ def modularity_curve(
         repeats: how many times.
         example_inputs: to find the blocks with; one sample of the first batch if None.
         blocks: those of `find_blocks`, where they are known already.
+        layers: names of the sub-modules to measure instead, in forward order; their first output tensor is the feature.
         budget: bytes that features may take at a time. Less of it takes more passes and gives the same numbers (up to
             rounding below 32 MiB or so).
 
@@ -131,12 +133,13 @@ def modularity_curve(
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least 1 is needed")
     with evaluating(model):
-        if example_inputs is None:
-            example_inputs = take(split_batch(next(iter(loader)))[0], 0, 1)
-        layers = points(model, find_blocks(model, example_inputs) if blocks is None else blocks, example_inputs)
+        if layers is None:
+            if example_inputs is None:
+                example_inputs = take(split_batch(next(iter(loader)))[0], 0, 1)
+            layers = points(model, find_blocks(model, example_inputs) if blocks is None else blocks, example_inputs)
         grams = LayerGrams(model, layers, budget)
-        q = [_repeat(grams, sample, k) for sample in draw(loader, samples, repeats)]
-    return ModularityCurve(layers, np.array(q))
+        q = [q_of(grams, sample, k) for sample in draw(loader, samples, repeats)]
+    return ModularityCurve(tuple(layers), np.array(q))
 
 
 def points(model: nn.Module, blocks: Blocks, example_inputs: Any) -> tuple[str, ...]:
@@ -169,9 +172,14 @@ def _first_layer(model: nn.Module, example_inputs: Any) -> str:
     return ran[0]
 
 
-def _repeat(grams: LayerGrams, sample: Sample, k: int) -> list[float]:
+def q_of(grams: LayerGrams, sample: Sample, k: int) -> list[float]:
+    """Q of every layer of `grams` on one sample.
+
+    Raises:
+        ValueError: names the layer whose features hold NaN or infinity.
+    """
     labels = torch.cat([labels for _, labels in sample])
-    _check_classes(labels)
+    check_classes(labels)
     q = []
     for layer, gram in grams(sample):
         try:
@@ -181,7 +189,8 @@ def _repeat(grams: LayerGrams, sample: Sample, k: int) -> list[float]:
     return q
 
 
-def _check_classes(labels: Tensor) -> None:
+def check_classes(labels: Tensor) -> None:
+    """Raises ValueError unless there are two classes at least, and two samples of one of them."""
     classes = len(labels.unique())
     if classes < 2:
         raise ValueError(f"all {len(labels)} samples are of one class, so nothing parts: shuffle the loader")

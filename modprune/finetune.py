@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,6 +80,7 @@ def finetune(
     checkpoints: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    after_epoch: Callable[[Epoch], object] | None = None,
     **recipe: float,
 ) -> list[Epoch]:
     """Train `model` in place and return what each epoch measured; the weights kept are those of the last epoch.
@@ -97,6 +98,7 @@ def finetune(
         resume: go on from the newest state in `checkpoints`, to the result of an uninterrupted run. With another
             number of epochs, the rate goes on along the cosine of that number.
         progress: show a bar.
+        after_epoch: called with what each epoch measured, before its state is written.
         recipe: the fields of `Recipe`: epochs, lr, momentum, weight_decay, warmup, distill, temperature.
 
     Raises:
@@ -118,6 +120,8 @@ def finetune(
             loss, speed = run.epoch(epoch, teach, progress)
             top1 = evaluate(model, val_loader).top1 if val_loader is not None else None
             run.history.append(Epoch(epoch + 1, loss, float(run.schedule.get_last_lr()[0]), speed, top1))
+            if after_epoch is not None:
+                after_epoch(run.history[-1])
             if checkpoints is not None:
                 save_state(run.accelerator, Path(checkpoints), epoch + 1)
     return run.history

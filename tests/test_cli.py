@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
+from typer.testing import CliRunner
 
 from modprune import PruningPlan
-from modprune.cli import CRITERION_NAMES
+from modprune._options import CRITERION_NAMES
+from modprune.cli import app
 from modprune.criteria import CRITERIA
 from modprune.models import resnet20
 
@@ -122,7 +126,7 @@ def test_a_missing_data_folder_and_an_unwritable_one(weights, tmp_path):
 
 
 def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
-    options = ("--epochs", 5, "--lr", 0.05)
+    options = ("--epochs", 3, "--lr", 0.05)
     whole = run(*prune(weights, tmp_path / "whole", *options)).stdout
     assert "Top-1" in whole
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
@@ -153,3 +157,43 @@ def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
     report = json.loads((cut / "report.json").read_text())
     assert json.loads((cut / "e.json").read_text())["correct"] == report["pruned"]["accuracy"]["correct"]
     assert f"{report['pruned']['accuracy']['top1']:.2f} %" in text
+
+
+STUDIES = {
+    "curves": ["--samples", 60, "--repeats", 1],
+    "separation": ["--samples", 60],
+    "ablation": ["--samples", 60, "--samples", 30, "--k", 3],
+    "plateaus": ["--samples", 60, "--repeats", 1, "--cuts", 1],
+    "redundancy": ["--samples", 60, "--repeats", 1, "--cuts", 1],
+    "difference": ["--samples", 60],
+    "training": ["--samples", 60, "--epochs", 1],
+}
+
+
+def in_process(*arguments: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_writes_numbers_pictures_and_text(name, weights, tmp_path):
+    shared = ["--model", "resnet20", "--weights", weights, "--data", "digits", "--out", tmp_path]
+    done = in_process("study", name, *shared, *STUDIES[name])
+    assert done.exit_code == 0, done.output
+    assert {"study.json", "study.md", "study.png", "study.svg"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "parts.json").exists()
+    assert json.loads((tmp_path / "study.json").read_text())["study"] == name
+    assert (tmp_path / "study.md").read_text().split("\n\n")[1] in done.output
+
+
+def test_attacks_need_images_that_the_network_gets_right(weights, tmp_path):
+    shared = ["--model", "resnet20", "--weights", weights, "--data", "digits", "--out", tmp_path]  # random weights
+    done = in_process("study", "attacks", *shared, "--samples", 300)
+    assert re.search(r"gets \d+ images right, 300 are asked for", str(done.exception))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_study_has_to_be_resumed(weights, tmp_path):
+    (tmp_path / "parts.json").write_text('{"arguments": [], "parts": {}}')
+    shared = ["study", "difference", "--model", "resnet20", "--weights", weights, "--data", "digits", "--out", tmp_path]
+    assert "holds an unfinished study: resume it" in str(in_process(*shared).exception)
+    assert "parts of a study with other arguments" in str(in_process(*shared, "--resume").exception)

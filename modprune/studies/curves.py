@@ -1,0 +1,86 @@
+"""Curves of several networks side by side: where Q rises, where it is flat, where it falls. Lu et al. (ECCV 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from modprune._inputs import split_batch, take
+from modprune.curve import ModularityCurve, modularity_curve
+from modprune.picture import plot_curve
+from modprune.studies.layers import layers_of
+from modprune.studies.study import Parts, Study, panels, style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def curves(
+    networks: Mapping[str, tuple[nn.Module, Iterable[Any]]],
+    *,
+    k: int = 3,
+    samples: int = 500,
+    repeats: int = 5,
+    parts: Parts | None = None,
+) -> Study:
+    """The modularity curve of each network.
+
+    Args:
+        networks: by title, each with the calibration batches of its data set, `(inputs, labels, ...)`.
+        k, samples, repeats: see `modularity_curve`.
+        parts: where finished curves are kept.
+
+    Raises:
+        ValueError: as `modularity_curve`, and for no network.
+    """
+    if not networks:
+        raise ValueError("no network is given: give at least one")
+    parts = parts or Parts()
+
+    def measured(model: nn.Module, loader: Iterable[Any]) -> dict[str, Any]:
+        example = take(split_batch(next(iter(loader)))[0], 0, 1)
+        curve = modularity_curve(model, loader, k, samples, repeats, layers=layers_of(model, example))
+        flat, falling = curve.plateaus(), curve.degradations()
+        return {"layers": curve.layers, "q": curve.q.tolist(), "plateaus": flat, "degradations": falling}
+
+    rows = [{"network": t} | parts(t, measured, *pair) for t, pair in networks.items()]
+    numbers = {"k": k, "samples": samples, "networks": rows}
+    return Study("curves", numbers, draw(numbers), tell(numbers))
+
+
+def draw(numbers: Mapping[str, Any]) -> Figure:
+    """Small multiples: a panel for each network, Q on one scale."""
+    rows = numbers["networks"]
+    with style():
+        figure, axes = panels(len(rows), min(3, len(rows)), 2.1, sharey=True)
+        for ax, row in zip(axes, rows, strict=True):
+            plot_curve(ModularityCurve(tuple(row["layers"]), np.array(row["q"])), ax)
+            last = len(row["layers"]) - 1
+            ax.set_xticks(sorted({0, last // 2, last}), sorted({0, last // 2, last}), rotation=0, fontsize=7)
+            ax.set_title(row["network"])
+            ax.set_xlabel("points after the stem")
+            ax.get_lines()[0].set_markersize(2.5)
+            if ax is not axes[0]:
+                ax.get_legend().remove()
+                ax.set_ylabel("")
+    return figure
+
+
+def tell(numbers: Mapping[str, Any]) -> str:
+    """What was measured, in words."""
+    lines = [
+        f"Modularity Q of the {numbers['k']}-nearest-neighbour graph of {numbers['samples']} images at every point, "
+        f"mean and spread over {len(numbers['networks'][0]['q'])} draws."
+    ]
+    for row in numbers["networks"]:
+        q = np.mean(row["q"], 0)
+        top = int(q.argmax())
+        lines.append(
+            f"{row['network']}: from {q[0]:.3f} to {q[-1]:.3f} over {len(q)} points, highest at {row['layers'][top]} "
+            f"({q[top]:.3f}); {len(row['plateaus'])} of {len(q) - 1} steps are plateaus, "
+            f"{len(row['degradations'])} degradations."
+        )
+    return " ".join(lines)

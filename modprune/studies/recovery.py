@@ -1,0 +1,33 @@
+"""What comes after a cut in the studies of cuts: batch-norm statistics measured anew, or fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from modprune._inputs import device_of, split_batch, to_device
+from modprune.finetune import finetune
+from modprune.plan import PruningPlan
+
+BATCHES = 20
+
+
+def cut(model: nn.Module, remove: Sequence[str], example_inputs: Any) -> nn.Module:
+    """A copy of `model` without these blocks."""
+    return PruningPlan(tuple(remove)).apply(copy.deepcopy(model), example_inputs)
+
+
+def recover(pruned: nn.Module, loader: Iterable[Any], teacher: nn.Module, epochs: int, lr: float) -> None:
+    """Fine-tune on `loader` with `teacher`, or for 0 epochs measure the batch-norm statistics on 20 batches of it."""
+    if epochs:
+        finetune(pruned, loader, teacher=teacher, epochs=epochs, lr=lr)
+        return
+    device = device_of(pruned)
+    with torch.no_grad():
+        update_bn((to_device(split_batch(batch)[0], device) for batch in islice(loader, BATCHES)), pruned)

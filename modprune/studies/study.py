@@ -1,0 +1,124 @@
+"""What every study gives: numbers, a picture of them, and a paragraph that says what was measured."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modprune._files import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH = 6.9  # inches: two columns of a paper
+# Told apart without colour: each with a marker and a grey of its own.
+INKS = ("#08306b", "#c8442f", "#2e8b57", "#b07aa1", "#e08214", "#4d4d4d", "#67a9cf", "#8c6d31")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished study.
+
+    Attributes:
+        name: as in `modprune study NAME`.
+        numbers: all that was measured, of JSON's types alone.
+        figure: the picture of the numbers.
+        text: a paragraph of Markdown.
+    """
+
+    name: str
+    numbers: dict[str, Any]
+    figure: Figure
+    text: str
+
+    def write(self, out: str | Path) -> None:
+        """`study.json`, `study.png`, `study.svg` and `study.md` to the folder `out`, each in one step.
+
+        Raises:
+            OSError: if the folder cannot be written.
+        """
+        out = Path(out)
+        write_text(out / "study.json", json.dumps({"study": self.name, **self.numbers}, indent=1) + "\n")
+        for form in ("png", "svg"):
+            buffer = io.BytesIO()
+            with style():
+                self.figure.savefig(buffer, format=form, dpi=200, metadata={"Date": None} if form == "svg" else None)
+            write_bytes(out / f"study.{form}", buffer.getvalue())
+        write_text(out / "study.md", f"# {self.name.capitalize()}\n\n{self.text}\n\n![{self.name}](study.png)\n")
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Letters that can be read at paper size, and SVG files that do not change from run to run."""
+    from matplotlib import rc_context
+
+    sizes: dict[Any, Any] = {
+        "font.size": 8,
+        "axes.titlesize": 8,
+        "legend.fontsize": 7,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+    }
+    with rc_context({**sizes, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "modprune"}):
+        yield
+
+
+def panels(count: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Any]]:
+    """A figure of `count` panels, `columns` in a row, each row `height` inches high."""
+    from matplotlib.figure import Figure
+
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
+    for spare in axes[count:]:
+        spare.set_axis_off()
+    return figure, axes[:count]
+
+
+class Parts:
+    """Parts of a long study, kept in a file as they come, so that an interrupted one goes on where it was.
+
+    Args:
+        path: the file; None keeps nothing.
+        arguments: of the study; parts of other arguments are refused.
+        resume: go on with the file; without it, one that is there is refused.
+
+    Raises:
+        ValueError: for parts that are there without `resume`, or of other arguments.
+    """
+
+    def __init__(self, path: str | Path | None = None, arguments: Any = None, resume: bool = False) -> None:
+        self.path = None if path is None else Path(path)
+        self.arguments = json.loads(json.dumps(arguments))
+        self.known: dict[str, Any] = {}
+        if self.path is None or not self.path.exists():
+            return
+        if not resume:
+            raise ValueError(f"{self.path}: holds an unfinished study: resume it, or give another folder")
+        held = json.loads(self.path.read_text())
+        if held["arguments"] != self.arguments:
+            raise ValueError(f"{self.path}: holds parts of a study with other arguments: give another folder")
+        self.known = held["parts"]
+
+    def __call__(self, name: str, make: Callable[..., Any], *arguments: Any) -> Any:
+        """The part of this name, of JSON's types alone: `make(*arguments)` if it is not there yet."""
+        if name not in self.known:
+            self.keep(name, make(*arguments))
+        return self.known[name]
+
+    def keep(self, name: str, value: Any) -> None:
+        """Write a part down."""
+        self.known[name] = value
+        if self.path is not None:
+            write_text(self.path, json.dumps({"arguments": self.arguments, "parts": self.known}) + "\n")
+
+    def done(self) -> None:
+        """The study is written: its parts are no longer needed."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

@@ -1,0 +1,239 @@
+"""Every study on scikit-learn's digits: what it measures, what it writes, and that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from modprune import finetune, modularity_curve, studies
+from modprune._options import load_data
+from modprune._studies_cli import ATTACK_NAMES
+from modprune.data import ImageLoader, digits
+from modprune.models import resnet20
+from modprune.studies import CurveRecorder, Parts
+from modprune.studies.adversarial import ATTACKS
+from modprune.studies.layers import layers_of
+from modprune.studies.separation import _embedded, _silhouette
+from tests.oracles import networkx_q
+
+SMALL = {"samples": 100, "repeats": 2}
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = resnet20()
+    finetune(model, train(), epochs=2, lr=0.1, progress=False)
+    return model
+
+
+def train() -> ImageLoader:
+    return ImageLoader(load_data("digits", "none", train=True), 64, pad=1, shuffle=True)
+
+
+def calibration() -> ImageLoader:
+    return ImageLoader(digits(train=True), 100, shuffle=True)
+
+
+def held_out() -> ImageLoader:
+    return ImageLoader(digits(train=False), 100)
+
+
+def written(study: studies.Study, out) -> dict:
+    """The four files are there and whole; the numbers come back."""
+    study.write(out)
+    assert sorted(p.name for p in out.iterdir()) == ["study.json", "study.md", "study.png", "study.svg"]
+    assert (out / "study.png").read_bytes()[:4] == b"\x89PNG"
+    ET.parse(out / "study.svg")
+    assert study.text in (out / "study.md").read_text()
+    return json.loads((out / "study.json").read_text())
+
+
+def test_curves_are_those_of_modularity_curve(network, tmp_path):
+    study = studies.curves({"a": (network, calibration()), "b": (resnet20(), calibration())}, **SMALL)
+    numbers = written(study, tmp_path)
+    expected = modularity_curve(network, calibration(), **SMALL)
+    assert numbers["networks"][0]["layers"] == list(expected.layers)
+    assert np.array_equal(numbers["networks"][0]["q"], expected.q)
+    assert [row["network"] for row in numbers["networks"]] == ["a", "b"]
+    assert len(study.figure.axes) == 2
+
+
+def test_the_weight_layers_of_a_chain_are_its_points():
+    chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(128, 10))
+    assert layers_of(chain, torch.zeros(1, 3, 8, 8)) == ("0", "2")
+    with pytest.raises(ValueError, match="a curve needs two"):
+        layers_of(chain[3:], torch.zeros(1, 128))
+
+
+def test_ablation_cuts_its_cells_from_one_draw(network, tmp_path):
+    study = studies.ablation(network, calibration(), ks=(3, 5), sizes=(50, 100, 200))
+    numbers = written(study, tmp_path)
+    cells = {(cell["k"], cell["samples"]): np.array(cell["q"]) for cell in numbers["cells"]}
+    assert {key: len(q) for key, q in cells.items()} == {
+        (k, n): draws for k in (3, 5) for n, draws in ((50, 4), (100, 2), (200, 1))
+    }
+    assert np.allclose(cells[3, 200], modularity_curve(network, calibration(), 3, 200, 1).q, atol=1e-6)
+    assert np.allclose(cells[5, 100], modularity_curve(network, calibration(), 5, 100, 2).q, atol=1e-6)
+    assert np.allclose(np.diagonal(numbers["rank_correlation"]), 1)
+
+
+def test_difference_and_cka(network, tmp_path):
+    numbers = written(studies.difference(network, calibration(), samples=100), tmp_path)
+    q, d, cka = (np.array(numbers[name]) for name in ("q", "difference", "cka"))
+    assert numbers["place"].count("after") == 10
+    assert numbers["place"].count("inside") == 18
+    assert numbers["layers"][:4] == ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.0"]
+    assert np.allclose(d, abs(q[:, None] - q))
+    assert np.allclose(cka, cka.T, atol=1e-6)
+    # CKA after its definition, from the features themselves.
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        network.get_submodule(n).register_forward_hook(lambda _, __, out, n=n: seen.__setitem__(n, out.flatten(1)))
+        for n in ("conv1", "layer1.0")
+    ]
+    with torch.no_grad():
+        network.eval()(next(iter(calibration()))[0])
+    [hook.remove() for hook in hooks]
+    x, y = (f.double() - f.double().mean(0) for f in seen.values())
+    expected = (y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+    assert cka[0, 3] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_separation_places_every_image_and_sees_clusters(network, tmp_path):
+    numbers = written(studies.separation(network, calibration(), samples=100), tmp_path)
+    assert [row["layer"] for row in numbers["layers"]] == list(layers_of(network, torch.zeros(1, 3, 8, 8)))
+    assert all(np.array(row["at"]).shape == (100, 2) for row in numbers["layers"])
+    expected = modularity_curve(network, calibration(), samples=100, repeats=1).mean
+    assert np.allclose([row["q"] for row in numbers["layers"]], expected, atol=1e-6)
+    noise = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    clusters = torch.eye(3).repeat_interleave(20, 0) + 0.1 * noise
+    at = _embedded(clusters @ clusters.T, seed=0)
+    assert _silhouette(at, torch.arange(60) // 20) > 0.7
+    assert at == _embedded(4 * clusters @ clusters.T, seed=0)
+
+
+def test_training_records_every_epoch_and_goes_on(tmp_path):
+    def run(parts, epochs, checkpoints):
+        torch.manual_seed(0)
+        model = resnet20()
+        study = studies.training(
+            model, calibration(), train(), held_out(), epochs=epochs, samples=100, checkpoints=checkpoints, parts=parts
+        )
+        return model, study
+
+    model, study = run(None, 2, None)
+    numbers = written(study, tmp_path / "out")
+    assert [row["epoch"] for row in numbers["epochs"]] == [0, 1, 2]
+    expected = modularity_curve(model, calibration(), samples=100, repeats=1).mean
+    assert np.allclose(numbers["epochs"][2]["q"], expected)
+
+    class Killed(Exception):
+        pass
+
+    class Dies(Parts):
+        def keep(self, name, value):
+            super().keep(name, value)
+            if value[-1]["epoch"] == 2:  # after the curve of the second epoch, before its state is written
+                raise Killed
+
+    with pytest.raises(Killed):
+        run(Dies(tmp_path / "parts.json", 2), 2, tmp_path / "checkpoints")
+    again, resumed = run(Parts(tmp_path / "parts.json", 2, resume=True), 2, tmp_path / "checkpoints")
+    without = [{n: v for n, v in row.items() if n != "loss"} for row in resumed.numbers["epochs"]]
+    assert without == [{n: v for n, v in row.items() if n != "loss"} for row in numbers["epochs"]]
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+
+
+def test_a_recorder_leaves_the_training_alone():
+    def weights(record):
+        torch.manual_seed(0)
+        model = resnet20()
+        recorder = CurveRecorder(model, calibration(), samples=50)
+        finetune(model, train(), epochs=1, progress=False, after_epoch=lambda e: record and recorder(e.epoch))
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(True), weights(False))
+
+
+def test_plateaus_follow_the_gain_and_keep_the_rest(network, tmp_path):
+    study = studies.plateaus(network, calibration(), train(), cuts=(1, 3), **SMALL)
+    numbers = written(study, tmp_path)
+    curve = modularity_curve(network, calibration(), **SMALL)
+    least = [curve.layers[1:][i] for i in np.argsort(curve.gain)][:3]
+    assert numbers["cuts"][1]["removed"] == least
+    assert numbers["cuts"][1]["layers"] == [name for name in curve.layers if name not in least]
+    assert np.array(numbers["cuts"][1]["q"]).shape == (2, 7)
+    with pytest.raises(ValueError, match="from 1 to 8 blocks can be cut"):
+        studies.plateaus(network, calibration(), train(), cuts=(9,), **SMALL)
+
+
+def test_redundancy_cuts_both_ends(network, tmp_path):
+    study = studies.redundancy(network, calibration(), train(), held_out(), cuts=2, epochs=1, **SMALL)
+    numbers = written(study, tmp_path)
+    curve = modularity_curve(network, calibration(), **SMALL)
+    order = [curve.layers[1:][i] for i in np.argsort(curve.gain)]
+    assert [row["removed"] for row in numbers["cuts"]] == [order[:1], order[:2], order[:-2:-1], order[:-3:-1]]
+    assert all(list(row["states"]) == ["at once", "batch norm", "fine-tuned"] for row in numbers["cuts"])
+    assert numbers["cuts"][0]["gain"] == pytest.approx(curve.gain.min())
+
+
+def test_attacks_hold_the_images_they_turn_against_the_same_clean(network, tmp_path):
+    normal = {"mean": held_out().data.mean, "std": held_out().data.std}
+    study = studies.attacks(network, held_out(), **normal, names=("fgsm", "pgd"), samples=150)
+    numbers = written(study, tmp_path)
+    for row in numbers["attacks"]:
+        assert 0 < row["fooled"] <= 150
+        assert row["distance"] > 0
+        assert len(row["q"]) == len(row["clean"]) == len(numbers["layers"])
+    with pytest.raises(ValueError, match="attack 'x' is unknown: give some of fgsm"):
+        studies.attacks(network, held_out(), **normal, names=("x",))
+    with pytest.raises(ValueError, match=r"gets \d+ images right, 1000 are asked for"):
+        studies.attacks(network, held_out(), **normal, samples=1000)
+
+
+def test_an_attack_that_changes_nothing_says_so(network, monkeypatch):
+    monkeypatch.setitem(ATTACKS, "fgsm", lambda model, images, labels: images)
+    study = studies.attacks(
+        network, held_out(), mean=held_out().data.mean, std=held_out().data.std, names=("fgsm",), samples=50
+    )
+    assert "changes the answer to no image" in study.text
+    assert tuple(ATTACKS) == ATTACK_NAMES
+
+
+def test_parts_are_kept_and_guarded(tmp_path):
+    path, calls = tmp_path / "parts.json", []
+    make = lambda: calls.append(1) or [1.5]  # noqa: E731
+    assert Parts(path, {"k": 3})("a", make) == [1.5]
+    assert Parts(path, {"k": 3}, resume=True)("a", make) == [1.5]
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="holds an unfinished study: resume it"):
+        Parts(path, {"k": 3})
+    with pytest.raises(ValueError, match="other arguments: give another folder"):
+        Parts(path, {"k": 5}, resume=True)
+
+
+def test_a_study_without_labels_says_so(network):
+    unlabelled = [torch.randn(50, 3, 8, 8)] * 3
+    for study in (studies.ablation, studies.difference, studies.separation):
+        with pytest.raises(ValueError, match="labels"):
+            study(network, unlabelled)
+
+
+def test_q_of_a_study_is_that_of_networkx(network):
+    from modprune.graph import feature_graph
+
+    images, labels, _ = next(iter(calibration()))
+    seen = []
+    hook = network.layer3.register_forward_hook(lambda _, __, out: seen.append(out.flatten(1)))
+    with torch.no_grad():
+        network.eval()(images)
+    hook.remove()
+    expected = networkx_q(feature_graph(seen[0], 3), labels)
+    numbers = studies.difference(network, calibration(), samples=100).numbers
+    assert numbers["q"][-1] == pytest.approx(expected, abs=1e-5)

@@ -41,6 +41,9 @@ RUNS: dict[str, list[str]] = {
     "plateaus": ["plateaus", *network("resnet56"), "--cuts", "2", "--cuts", "4", "--cuts", "8", "--cuts", "16"],
     "redundancy": ["redundancy", *network("resnet56")],
     "attacks": ["attacks", *network("resnet20")],
+    "training-vgg11": ["training", "--model", "benchmarks/paper_networks.py:vgg11", "--epochs", "15"],
+    "training-vgg16": ["training", "--model", "benchmarks/paper_networks.py:vgg16", "--epochs", "15"],
+    "training-resnet18": ["training", "--model", "benchmarks/paper_networks.py:resnet18", "--epochs", "15"],
 }
 
 
@@ -94,6 +97,15 @@ def keeps_its_shape(numbers: Mapping[str, Any]) -> bool:
     return bool(np.min(numbers["rank_correlation"]) >= 0.9)
 
 
+def shallow_first(numbers: Mapping[str, Any]) -> bool:
+    """Whether the shallow half of the points settles in earlier epochs, in the mean, than the deep half."""
+    q = np.array([row["q"] for row in numbers["epochs"]])
+    outside = np.abs(q - q[-1]) > 0.1 * np.ptp(q, axis=0)
+    settled = [int(np.nonzero(column)[0][-1]) + 1 if column.any() else 0 for column in outside.T]
+    half = len(settled) // 2
+    return bool(np.mean(settled[:half]) < np.mean(settled[half:]))
+
+
 @dataclass(frozen=True)
 class Claim:
     """What the paper says, what agreeing means here, and whether numbers do."""
@@ -137,6 +149,11 @@ CLAIMS = {
         "Q of the last point falls under every attack",
         falls_at_the_end,
     ),
+    "training": Claim(
+        "Shallow layers settle early in training.",
+        "Q of the shallow half comes to stay within a tenth of its range of its last value earlier than the deep half's",
+        shallow_first,
+    ),
 }
 
 
@@ -165,9 +182,10 @@ def page() -> str:
         "| claim | agrees if | here |",
         "|---|---|---|",
     ]
-    found = {name: json.loads((PAPER / name / "study.json").read_text()) for name in CLAIMS if (PAPER / name).is_dir()}
+    done = [name for name in RUNS if (PAPER / name / "run.json").exists()]
+    found = {name: json.loads((PAPER / name / "study.json").read_text()) for name in done}
     for name, numbers in found.items():
-        claim = CLAIMS[name]
+        claim = CLAIMS[name.split("-")[0]]
         verdict = "agrees" if claim.holds(numbers) else "**does not agree**"
         lines.append(f"| [{claim.text}](#{name}) | {claim.meaning} | {verdict} |")
     for name in found:

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     from modprune.data import ImageData
 
-MODEL_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+MODEL_NAMES = (
+    *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet18"),
+    *("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
+)
 DATA_NAMES = ("cifar10", "digits")
 CRITERION_NAMES = (
     *("modularity", "linear_probe", "dbp", "cka", "block_influence", "ablation", "taylor", "l1_norm", "bn_scale"),

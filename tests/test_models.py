@@ -1,0 +1,45 @@
+"""The built-in networks: sizes as published, and blocks as their papers have them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modprune import count_macs, count_params, find_blocks
+from modprune._options import MODEL_NAMES
+from modprune.models import MODELS, resnet18, vgg11_bn
+from modprune.studies.layers import layers_of
+
+IMAGE = torch.zeros(1, 3, 32, 32)
+# Parameters and millions of MACs: of He et al. (2016) by hand; of the VGGs and ResNet18 as their public CIFAR
+# checkpoints state them.
+SIZES = {
+    "resnet20": (269_722, 40.55), "resnet32": (464_154, 68.86), "resnet44": (658_586, 97.17),
+    "resnet56": (853_018, 125.49), "resnet110": (1_727_962, 252.89), "resnet18": (11_173_962, 555.42),
+    "vgg11_bn": (9_756_426, 153.29), "vgg13_bn": (9_941_322, 228.79), "vgg16_bn": (15_253_578, 313.73),
+    "vgg19_bn": (20_565_834, 398.66),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_are_the_published_ones(name):
+    params, macs = SIZES[name]
+    assert count_params(MODELS[name]()) == params
+    assert count_macs(MODELS[name](), IMAGE) / 1e6 == pytest.approx(macs, rel=0.005)
+
+
+def test_names_on_the_command_line_are_those_of_the_library():
+    assert tuple(MODELS) == MODEL_NAMES
+
+
+def test_a_quarter_of_the_width_is_a_sixteenth_of_the_macs():
+    assert count_macs(vgg11_bn(width=0.25), IMAGE) < count_macs(vgg11_bn(), IMAGE) / 14
+
+
+def test_blocks_and_points():
+    found = find_blocks(resnet18(width=0.25), IMAGE)
+    assert [block.kind for block in found] == ["identity", "identity", *["transition", "identity"] * 3]
+    found = find_blocks(vgg11_bn(width=0.25), IMAGE)
+    # Of the eight convolutions, those that keep the shape: 256-256, 512-512 and the last two.
+    assert [block.name for block in found] == ["features.11", "features.18", "features.22", "features.25"]
+    assert len(layers_of(vgg11_bn(width=0.25), IMAGE)) == 10

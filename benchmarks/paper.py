@@ -151,7 +151,7 @@ CLAIMS = {
     ),
     "training": Claim(
         "Shallow layers settle early in training.",
-        "Q of the shallow half comes to stay within a tenth of its range of its last value earlier than the deep half's",
+        "Q of the shallow half comes to stay near its last value (a tenth of its range) in earlier epochs",
         shallow_first,
     ),
 }

@@ -1,4 +1,4 @@
-"""The paper's networks at a quarter of its width, which two CPU cores can train; for `modprune study --model FILE:NAME`."""
+"""The paper's networks at a quarter of its width, which two CPU cores can train: `--model FILE:NAME`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from benchmarks import paper
 from benchmarks.api import PAGE, page
+from benchmarks.paper import PAPER
 from benchmarks.tables import PAGES, ZOO_PAGE, filled, zoo
 
 README = PAGES[0]
@@ -30,6 +32,10 @@ def test_tables_are_made_from_the_results():
 
 def test_the_api_page_is_made_from_the_docstrings():
     assert PAGE.read_text() == page()
+
+
+def test_the_page_of_the_paper_is_made_from_its_studies():
+    assert (PAPER / "README.md").read_text() == paper.page()
 
 
 def test_what_it_links_to_is_there():

@@ -1,6 +1,7 @@
 """Remove whole redundant residual blocks from trained networks, chosen by graph modularity."""
 
 from modprune.blocks import Block, Blocks, find_blocks
+from modprune.carry import carry_over
 from modprune.cost import count_macs, count_params
 from modprune.criteria import BlockScores
 from modprune.curve import ModularityCurve, modularity_curve
@@ -23,6 +24,7 @@ __all__ = [
     "ModularityPruner",
     "PruningPlan",
     "Report",
+    "carry_over",
     "compare",
     "count_macs",
     "count_params",

@@ -25,11 +25,13 @@ def save_state(accelerator: Any, folder: Path, epoch: int) -> None:
     accelerator.wait_for_everyone()
 
 
-def load_newest(accelerator: Any, folder: Path) -> None:
-    """Bring the newest state in `folder` back; nothing happens where there is none yet."""
+def load_newest(accelerator: Any, folder: Path) -> int:
+    """Bring the newest state in `folder` back and return its epoch; 0, and nothing happens, where there is none yet."""
     found = states(folder)
-    if found:
-        accelerator.load_state(str(found[-1]))
+    if not found:
+        return 0
+    accelerator.load_state(str(found[-1]))
+    return int(found[-1].name.removeprefix(PREFIX))
 
 
 def states(folder: Path) -> list[Path]:

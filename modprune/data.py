@@ -1,4 +1,4 @@
-"""CIFAR-10 and digits held in memory as uint8, augmented a whole batch at a time on the device.
+"""CIFAR-10, CIFAR-100 and digits held in memory as uint8, augmented a whole batch at a time on the device.
 
 An epoch of CIFAR through PIL and worker processes spends more time on the pictures than a small network does on
 learning. Here the whole data set is one uint8 tensor; crops and flips are one gather per batch.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,15 +52,30 @@ def cifar10(root: str | Path, train: bool) -> ImageData:
     """
     from torchvision.datasets import CIFAR10
 
+    return _cifar(CIFAR10, "CIFAR-10", root, train)
+
+
+def cifar100(root: str | Path, train: bool) -> ImageData:
+    """CIFAR-100 from the folder that holds `cifar-100-python`; torchvision verifies its checksums.
+
+    Raises:
+        OSError: if the folder is missing, incomplete or altered.
+    """
+    from torchvision.datasets import CIFAR100
+
+    return _cifar(CIFAR100, "CIFAR-100", root, train)
+
+
+def _cifar(dataset: Any, name: str, root: str | Path, train: bool) -> ImageData:
     try:
-        data = CIFAR10(str(root), train=train, download=False)
+        data = dataset(str(root), train=train, download=False)
     except RuntimeError:
         raise FileNotFoundError(
-            f"{root}: no intact CIFAR-10 there (a file is missing or its checksum is wrong); "
-            "give the folder that holds cifar-10-batches-py, from https://www.cs.toronto.edu/~kriz/cifar.html"
+            f"{root}: no intact {name} there (a file is missing or its checksum is wrong); "
+            f"give the folder that holds {dataset.base_folder}, from https://www.cs.toronto.edu/~kriz/cifar.html"
         ) from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return ImageData(images, torch.tensor(data.targets), 10, IMAGENET_MEAN, IMAGENET_STD)
+    return ImageData(images, torch.tensor(data.targets), len(data.classes), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def digits(train: bool) -> ImageData:

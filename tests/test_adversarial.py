@@ -303,6 +303,14 @@ def test_jsma_pairs_from_the_shortlist_are_nearly_the_best():
     assert adversarial._most_salient(rise, fall, torch.zeros_like(free))[1].max() == 0
 
 
+def test_jsma_changes_nothing_where_no_pair_would_help(right):
+    def rising(x):  # every value raises the label's logit, none the other's
+        return torch.stack([1 + x.sum((1, 2, 3)), 0 * x.sum((1, 2, 3))], 1)
+
+    images, labels = right[0], torch.zeros_like(right[1])
+    assert torch.equal(jsma(rising, images, labels), images)
+
+
 def test_one_pixel_changes_one_pixel_nearly_as_well_as_can_be():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, generator=generator, dtype=torch.float64)

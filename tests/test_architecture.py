@@ -12,7 +12,7 @@ PACKAGE = Path(modprune.__file__).parent
 ORDER = [
     "_files", "_memory", "_inputs", "_autograd", "_depgraph", "_trace", "models", "data", "bypass", "cost", "graph",
     "blocks", "features", "evaluate", "picture", "curve", "criteria", "budget", "plan", "width", "surgery",
-    "checkpoints", "distill", "finetune", "store", "report", "pruner", "job", "specs",
+    "checkpoints", "carry", "distill", "finetune", "store", "report", "pruner", "job", "specs",
     "studies", "_options", "_studies_cli", "cli",
 ]  # fmt: skip
 

@@ -1,0 +1,52 @@
+"""An optimizer that goes on after surgery: momentum stays with the parameters that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+@contextmanager
+def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
+    """Surgery inside the context leaves the optimizers fit for what is left of the model.
+
+    Each parameter that stays keeps its group and its state (momentum and the like), so the optimizers and their
+    schedulers can be used on. Parameters that went are dropped. Those of layers that `width` made narrower are new
+    tensors: they take their old one's group and begin with fresh state. Parameters that are not the model's stay.
+
+    An average of the weights (EMA), DistributedDataParallel and FSDP hold on to the old parameters: wrap and average
+    anew after the surgery.
+
+    Args:
+        model: the bare module, the one that surgery changes in place.
+        optimizers: of any kind, over parameters of the model; changed in place.
+
+    Raises:
+        ValueError: if an optimizer would be left without any parameter.
+
+    >>> import torch
+    >>> from modprune import PruningPlan
+    >>> from modprune.models import resnet20
+    >>> model = resnet20()
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    >>> with carry_over(model, optimizer):
+    ...     _ = PruningPlan(("layer1.0",)).apply(model)
+    >>> len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+    True
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    yield
+    now = dict(model.named_parameters())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [
+                now[names[p]] if p in names else p for p in group["params"] if p not in names or names[p] in now
+            ]
+        left = {p for group in optimizer.param_groups for p in group["params"]}
+        if not left:
+            raise ValueError(f"{type(optimizer).__name__} has no parameter left: all of its layers were removed")
+        for gone in [p for p in optimizer.state if p not in left]:
+            del optimizer.state[gone]

@@ -1,0 +1,70 @@
+"""CIFAR-10 and CIFAR-100: train a ResNet or VGG if there are no weights yet, prune it by modularity, fine-tune, report.
+
+    python recipes/cifar.py --model resnet56 --weights resnet56-4bfd9763.th --data-dir data --out runs/resnet56
+    python recipes/cifar.py --model vgg16_bn --data cifar100 --data-dir data --out runs/vgg16
+
+The same command with --resume goes on with an interrupted run. Copy it and change what you like.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import modprune
+from modprune.data import ImageLoader, cifar10, cifar100
+from modprune.finetune import Recipe
+from modprune.job import prune_job
+from modprune.models import MODELS
+
+DATA = {"cifar10": cifar10, "cifar100": cifar100}
+BATCH, PAD = 128, 4  # of He et al. (2016), section 4.2
+TRAINING = {"lr": 0.1, "weight_decay": 5e-4}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Train if need be, prune, recover, report."""
+    out, device = arguments.out, "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(arguments.seed)
+    train, test = (DATA[arguments.data](arguments.data_dir, train=part) for part in (True, False))
+    network = MODELS[arguments.model](num_classes=train.num_classes).to(device)
+    trained = arguments.weights or out / "trained.safetensors"
+    if trained.exists():
+        modprune.load_weights(network, trained)
+    else:
+        loader = ImageLoader(train, BATCH, pad=PAD, shuffle=True, seed=arguments.seed, device=device)
+        modprune.finetune(
+            network, loader, epochs=arguments.train_epochs, checkpoints=out / "training", resume=arguments.resume,
+            **TRAINING,
+        )  # fmt: skip
+        modprune.save(network, trained)
+    report = prune_job(
+        network, train, test, out, flops=arguments.flops, params=arguments.params, width=arguments.width,
+        criterion=arguments.criterion, recipe=Recipe(epochs=arguments.epochs, lr=arguments.lr), batch_size=BATCH,
+        pad=PAD, seed=arguments.seed, resume=arguments.resume,
+    )  # fmt: skip
+    print(report)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="resnet56", help="network")
+    parser.add_argument("--weights", type=Path, help="its trained weights; without, it is trained first")
+    parser.add_argument("--data", choices=DATA, default="cifar10", help="data set")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the data set")
+    parser.add_argument("--flops", type=float, default=0.60, help="fraction of MACs to remove, at least")
+    parser.add_argument("--params", type=float, help="fraction of parameters to remove, at least")
+    parser.add_argument("--width", type=float, help="fraction of channels to cut inside the blocks that stay")
+    parser.add_argument("--criterion", default="modularity", help="what scores the blocks")
+    parser.add_argument("--train-epochs", type=int, default=200, help="of training without --weights")
+    parser.add_argument("--epochs", type=int, default=80, help="of fine-tuning")
+    parser.add_argument("--lr", type=float, default=0.1, help="peak rate of fine-tuning")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all results")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -1,0 +1,137 @@
+"""ImageNet: prune a pretrained torchvision or timm network by modularity, fine-tune it with the original as teacher.
+
+    accelerate launch recipes/imagenet.py --model torchvision:resnet50 --data-dir imagenet --flops 0.3 --out runs/r50
+
+--data-dir holds train/CLASS/*.jpg and val/CLASS/*.jpg. One process or many, bf16 where the device has it, gradient
+accumulation, label smoothing, an average of the weights (EMA). --resume goes on after an interruption.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import modprune
+from modprune.checkpoints import load_newest, save_state
+from modprune.criteria import Modularity
+from modprune.finetune import autocast_dtype, warmup_cosine
+from modprune.specs import build_model
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+TRAIN = v2.Compose([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip(), *TO_TENSOR])
+TEST = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), *TO_TENSOR])
+MOMENTUM, WEIGHT_DECAY, SMOOTHING = 0.9, 1e-4, 0.1  # of torchvision's reference for ResNets
+DISTILL, TEMPERATURE = 0.5, 1.0
+EMA_DECAY = 0.9998
+
+
+def pretrained(spec: str, weights: str) -> torch.nn.Module:
+    """A network by `torchvision:NAME` or `timm:NAME`, with its published weights or those of a file."""
+    source, _, name = spec.partition(":")
+    if weights != "published":
+        return modprune.load_weights(build_model(spec), weights)
+    if source == "timm":
+        import timm
+
+        return timm.create_model(name, pretrained=True)
+    from torchvision.models import get_model
+
+    return get_model(name, weights="DEFAULT")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Prune, fine-tune, report."""
+    precision = "bf16" if autocast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
+    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=arguments.accumulate)
+    teacher = pretrained(arguments.model, arguments.weights).to(accelerator.device).eval()
+    train = ImageFolder(arguments.data_dir / "train", TRAIN)
+    plain, test = ImageFolder(arguments.data_dir / "train", TEST), ImageFolder(arguments.data_dir / "val", TEST)
+    options = {"batch_size": arguments.batch_size, "num_workers": arguments.workers}
+    seeded = torch.Generator().manual_seed(arguments.seed)
+    calibration = DataLoader(plain, shuffle=True, generator=seeded, **options)
+    train_loader = accelerator.prepare(DataLoader(train, shuffle=True, drop_last=True, **options))
+    test_loader = DataLoader(test, **options)
+    example = torch.zeros(1, 3, 224, 224, device=accelerator.device)
+
+    plan_file = arguments.out / "plan.json"
+    if arguments.resume and plan_file.exists():
+        plan = modprune.PruningPlan.from_json(plan_file)
+    else:
+        criterion = Modularity(samples=arguments.samples, repeats=arguments.repeats)
+        plan = modprune.ModularityPruner(teacher, example, calibration, criterion, flops=arguments.flops).plan()
+        if accelerator.is_main_process:
+            plan.to_json(plan_file)
+    accelerator.print(f"removing {len(plan.remove)} blocks: {', '.join(plan.remove)}")
+    bare = plan.apply(copy.deepcopy(teacher), example)
+    ema = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
+
+    steps = len(train_loader) * arguments.epochs
+    lr = arguments.lr * arguments.batch_size * arguments.accumulate * accelerator.num_processes / 256
+    optimizer = torch.optim.SGD(bare.parameters(), lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 0.05 * steps, steps))
+    model, optimizer = accelerator.prepare(bare, optimizer)
+    accelerator.register_for_checkpointing(schedule, ema)
+    first = load_newest(accelerator, arguments.out / "checkpoints") if arguments.resume else 0
+
+    for epoch in range(first, arguments.epochs):
+        model.train()
+        bar = tqdm(train_loader, f"epoch {epoch + 1}", disable=not accelerator.is_main_process)
+        for step, (images, labels) in enumerate(bar):
+            with accelerator.accumulate(model), accelerator.autocast():
+                logits = model(images).float()
+                with torch.no_grad():
+                    soft = F.log_softmax(teacher(images).float() / TEMPERATURE, 1)
+                hard = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
+                kl = F.kl_div(F.log_softmax(logits / TEMPERATURE, 1), soft, reduction="batchmean", log_target=True)
+                loss = (1 - DISTILL) * hard + DISTILL * TEMPERATURE**2 * kl
+                if not loss.isfinite():
+                    raise RuntimeError(f"epoch {epoch + 1}, step {step + 1}: the loss is {loss}; try a lower --lr")
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            schedule.step()
+            if accelerator.sync_gradients:
+                ema.update_parameters(bare)
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        save_state(accelerator, arguments.out / "checkpoints", epoch + 1)
+        if accelerator.is_main_process:
+            print(f"epoch {epoch + 1}: Top-1 of the average {modprune.evaluate(ema.module, test_loader).top1:.2f} %")
+
+    if accelerator.is_main_process:
+        report = modprune.compare(teacher, ema.module, example, test_loader)
+        print(report)
+        report.to_json(arguments.out / "report.json")
+        modprune.save(ema.module, arguments.out / "model.safetensors")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="torchvision:resnet50", help="torchvision:NAME or timm:NAME")
+    parser.add_argument("--weights", default="published", help="a file of its weights in place of the published ones")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds train/ and val/")
+    parser.add_argument("--flops", type=float, default=0.30, help="fraction of MACs to remove, at least")
+    parser.add_argument("--samples", type=int, default=500, help="images a measurement of Q")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of Q")
+    parser.add_argument("--epochs", type=int, default=30, help="of fine-tuning")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step and process")
+    parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are added up")
+    parser.add_argument("--lr", type=float, default=0.02, help="peak rate for 256 images an update")
+    parser.add_argument("--workers", type=int, default=8, help="processes that read images")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration images")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all results")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse())

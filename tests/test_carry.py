@@ -1,0 +1,88 @@
+"""Training goes on after surgery as if the optimizer had only ever known what is left."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from modprune import ModularityPruner, PruningPlan, carry_over
+from modprune.models import resnet20
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, 0.01),
+}
+IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(8) % 4
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model.train()(IMAGES), LABELS).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_stays_keeps_its_group_and_state(kind):
+    torch.manual_seed(0)
+    model = resnet20()
+    stem, rest = list(model.conv1.parameters()), [p for n, p in model.named_parameters() if n != "conv1.weight"]
+    optimizer = OPTIMIZERS[kind]([{"params": stem, "lr": 0.5}, {"params": rest}])
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    steps(model, optimizer, 2)
+    before = {n: copy.deepcopy(optimizer.state[p]) for n, p in model.named_parameters()}
+    with carry_over(model, optimizer):
+        PruningPlan(("layer1.0", "layer3.2")).apply(model)
+    now = dict(model.named_parameters())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, len(now) - 1]
+    assert set(optimizer.state) == set(now.values())
+    for name, parameter in now.items():
+        for key, value in optimizer.state[parameter].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(before[name][key]))
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    steps(model, optimizer, 1)
+
+
+def test_training_on_equals_a_fresh_optimizer_given_the_same_state():
+    torch.manual_seed(0)
+    model = resnet20()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    steps(model, optimizer, 2)
+    with carry_over(model, optimizer):
+        PruningPlan(("layer2.1",)).apply(model)
+    twin = copy.deepcopy(model)
+    fresh = OPTIMIZERS["sgd"](twin.parameters())
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(model, optimizer, 2)
+    steps(twin, fresh, 2)
+    assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
+
+
+def test_narrowed_layers_begin_anew_in_their_group():
+    torch.manual_seed(0)
+    model = resnet20()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    steps(model, optimizer, 1)
+    old = set(model.parameters())
+    with carry_over(model, optimizer):
+        ModularityPruner(model, IMAGES[:1], [(IMAGES, LABELS)], "l1_norm", blocks=1, width=0.5).step()
+    assert optimizer.param_groups[0]["params"] == list(model.parameters())
+    assert set(optimizer.state) == old & set(model.parameters())
+    assert set(optimizer.state) != set(model.parameters())
+    steps(model, optimizer, 1)
+
+
+def test_parameters_of_others_stay_and_an_empty_optimizer_is_refused():
+    model, scale = resnet20(), nn.Parameter(torch.ones(()))
+    both = OPTIMIZERS["sgd"]([*model.parameters(), scale])
+    inner = OPTIMIZERS["sgd"](model.layer1[0].parameters())
+    with carry_over(model, both):
+        PruningPlan(("layer1.1",)).apply(model)
+    assert any(p is scale for p in both.param_groups[0]["params"])
+    with pytest.raises(ValueError, match="SGD has no parameter left"), carry_over(model, inner):
+        PruningPlan(("layer1.0",)).apply(model)

@@ -1,0 +1,89 @@
+"""The recipes run, each on a data set made on the spot; the ImageNet one at 224 x 224 on a folder of images."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import modprune
+from modprune.data import digits
+from modprune.models import resnet20
+from modprune.specs import build_model
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("data", "weights"), [("cifar10", True), ("cifar100", False)])
+def test_cifar(data, weights, tmp_path):
+    cifar = recipe("cifar")
+    wide = {"cifar10": 10, "cifar100": 100}[data]
+    cifar.DATA = {data: lambda root, train: replace(digits(train), num_classes=wide)}
+    options = ["--model", "resnet20", "--data", data, "--flops", "0.3", "--epochs", "1", "--out", str(tmp_path)]
+    if weights:
+        torch.save(resnet20().state_dict(), tmp_path / "w.pt")
+        options += ["--weights", str(tmp_path / "w.pt")]
+    cifar.main(cifar.parse([*options, "--train-epochs", "1"]))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["flops_removed"]["modprune"] >= 0.3
+    pruned = modprune.load(tmp_path / "model.safetensors", resnet20(wide))
+    assert modprune.evaluate(pruned, [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))]).samples == 2
+
+
+def test_imagenet(tmp_path):
+    random = np.random.default_rng(0)
+    for part, images in (("train", 12), ("val", 4)):
+        for label in range(2):
+            folder = tmp_path / "data" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(images):
+                pixels = random.integers(0, 255, (80, 70, 3), dtype=np.uint8) // (1 + label)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    torch.manual_seed(0)
+    network = "torchvision:mobilenet_v3_small"
+    torch.save(build_model(network).state_dict(), tmp_path / "w.pt")
+    command = [
+        *(sys.executable, RECIPES / "imagenet.py", "--model", network, "--weights", tmp_path / "w.pt", "--flops", 0.1),
+        *("--data-dir", tmp_path / "data", "--samples", 12, "--repeats", 2, "--batch-size", 4, "--accumulate", 2),
+        *("--workers", 0, "--out", tmp_path / "out"),
+    ]
+    for epochs, more in ((1, []), (2, ["--resume"])):  # the second goes on with the first
+        done = subprocess.run(
+            [*map(str, command), "--epochs", str(epochs), *more], capture_output=True, text=True, env=ENV, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert "epoch 2: Top-1" in done.stdout
+    assert "epoch 1: Top-1" not in done.stdout
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["flops_removed"]["modprune"] >= 0.1
+    modprune.load(tmp_path / "out" / "model.safetensors", build_model(network))
+
+
+def test_your_model(tmp_path):
+    done = subprocess.run(
+        [sys.executable, RECIPES / "your_model.py"], cwd=tmp_path, capture_output=True, text=True, env=ENV, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    parameters = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) parameters", done.stdout)]
+    assert parameters[1] > parameters[2] == parameters[3]
+    assert (tmp_path / "pruned.safetensors").exists()

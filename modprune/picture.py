@@ -25,13 +25,13 @@ def plot_curve(curve: ModularityCurve, ax: Axes | None = None, removed: Sequence
 
         ax = Figure(figsize=(max(6.0, 0.28 * len(curve.layers)), 4.2), layout="constrained").add_subplot()
     x = range(len(curve.layers))
-    for names, colour, label in (
-        (curve.plateaus(), GREY, "plateau"),
-        (curve.degradations(), RED, "degradation"),
+    for names, colour, hatch, label in (
+        (curve.plateaus(), GREY, None, "plateau"),
+        (curve.degradations(), RED, "////", "degradation"),  # hatched, to be told apart in print
     ):
         for n, name in enumerate(names):
             end = curve.layers.index(name)
-            ax.axvspan(end - 1, end, color=colour, alpha=0.22, lw=0, label=label if n == 0 else None)
+            ax.axvspan(end - 1, end, color=colour, alpha=0.22, lw=0, hatch=hatch, label=label if n == 0 else None)
     ax.fill_between(x, curve.mean - curve.std, curve.mean + curve.std, color=BLUE, alpha=0.2, lw=0)
     ax.plot(x, curve.mean, "o-", color=BLUE, ms=4, label=f"Q, mean and spread of {len(curve.q)}")
     gone = [i for i, layer in enumerate(curve.layers) if layer in set(removed)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
+from tqdm import tqdm
 
 from modprune._inputs import split_batch, take
 from modprune.curve import ModularityCurve, modularity_curve
@@ -46,7 +47,8 @@ def curves(
         flat, falling = curve.plateaus(), curve.degradations()
         return {"layers": curve.layers, "q": curve.q.tolist(), "plateaus": flat, "degradations": falling}
 
-    rows = [{"network": t} | parts(t, measured, *pair) for t, pair in networks.items()]
+    bar = tqdm(networks.items(), "networks", leave=False)
+    rows = [{"network": title} | parts(title, measured, *pair) for title, pair in bar]
     numbers = {"k": k, "samples": samples, "networks": rows}
     return Study("curves", numbers, draw(numbers), tell(numbers))
 
@@ -81,6 +83,6 @@ def tell(numbers: Mapping[str, Any]) -> str:
         lines.append(
             f"{row['network']}: from {q[0]:.3f} to {q[-1]:.3f} over {len(q)} points, highest at {row['layers'][top]} "
             f"({q[top]:.3f}); {len(row['plateaus'])} of {len(q) - 1} steps are plateaus, "
-            f"{len(row['degradations'])} degradations."
+            f"{len(row['degradations'])} are degradations."
         )
     return " ".join(lines)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
+from tqdm import tqdm
 
 from modprune._inputs import split_batch, take
 from modprune.blocks import find_blocks
@@ -62,7 +63,8 @@ def plateaus(
         q = modularity_curve(pruned, loader, k, samples, repeats, layers=stay).q
         return {"removed": order[:count], "layers": stay, "q": q.tolist()}
 
-    rows = [{"cut": count} | parts(f"cut {count}", measured, count) for count in sorted(cuts)]
+    bar = tqdm(sorted(cuts), "cuts", leave=False)
+    rows = [{"cut": count} | parts(f"cut {count}", measured, count) for count in bar]
     numbers = {"k": k, "samples": samples, "epochs": epochs, "layers": layers, "q": whole.tolist(), "cuts": rows}
     return Study("plateaus", numbers, draw(numbers), tell(numbers))
 
@@ -79,7 +81,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
         figure, (ax,) = panels(1, 1, 3.0)
         whole = {"cut": 0, "layers": numbers["layers"], "q": numbers["q"]}
         for row, ink, marker in zip([whole, *numbers["cuts"]], INKS, MARKERS, strict=False):
-            label = f"{row['cut']} blocks fewer" if row["cut"] else "whole"
+            label = f"{row['cut']} {'block' if row['cut'] == 1 else 'blocks'} fewer" if row["cut"] else "whole"
             x = [place[layer] for layer in row["layers"]]
             ax.plot(x, np.mean(row["q"], 0), marker=marker, ms=4, lw=1, color=ink, label=label)
         ax.set_xlabel("points of the whole network after the stem")

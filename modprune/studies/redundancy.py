@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
+from tqdm import tqdm
 
 from modprune._inputs import split_batch, take
 from modprune.blocks import find_blocks
@@ -76,11 +77,9 @@ def redundancy(
             states[STAGES[2]] = state(pruned)
         return {"removed": remove, "gain": sum(gain[name] for name in remove), "states": states}
 
-    rows = []
-    for kind, names in (("redundant", order), ("needed", order[::-1])):
-        for count in range(1, cuts + 1):
-            part = parts(f"{kind} {count}", measured, names[:count])
-            rows.append({"kind": kind, "blocks": count} | part)
+    ends = {"redundant": order, "needed": order[::-1]}
+    bar = tqdm([(kind, count) for kind in ends for count in range(1, cuts + 1)], "cuts", leave=False)
+    rows = [{"kind": end, "blocks": n} | parts(f"{end} {n}", measured, ends[end][:n]) for end, n in bar]
     numbers = {"k": k, "samples": samples, "epochs": epochs, "before": before, "cuts": rows}
     return Study("redundancy", numbers, draw(numbers), tell(numbers))
 
@@ -102,6 +101,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
             ax.axhline(0, color="0.7", lw=0.6, zorder=0)
             ax.set_title(stage)
             ax.set_xlabel("change of Q, last layer")
+            ax.locator_params(axis="x", nbins=4)
         axes[0].set_ylabel("change of Top-1, points")
         axes[0].legend(frameon=False)
     return figure
@@ -115,7 +115,7 @@ def tell(numbers: Mapping[str, Any]) -> str:
         for row in (rows[len(rows) // 2 - 1], rows[-1]):
             state = row["states"][stage]
             lines.append(
-                f"{row['blocks']} {row['kind']} blocks removed, {stage}: Q {state['q'] - before['q']:+.3f}, Top-1 "
+                f"{row['blocks']} {row['kind']} {'block' if row['blocks'] == 1 else 'blocks'} removed, {stage}: Q {state['q'] - before['q']:+.3f}, Top-1 "
                 f"{state['top1'] - before['top1']:+.2f} points."
             )
     last = list(rows[0]["states"])[-1]

@@ -115,7 +115,7 @@ def tell(numbers: Mapping[str, Any]) -> str:
         for row in (rows[len(rows) // 2 - 1], rows[-1]):
             state = row["states"][stage]
             lines.append(
-                f"{row['blocks']} {row['kind']} {'block' if row['blocks'] == 1 else 'blocks'} removed, {stage}: Q {state['q'] - before['q']:+.3f}, Top-1 "
+                f"{row['blocks']} {row['kind']} removed, {stage}: Q {state['q'] - before['q']:+.3f}, Top-1 "
                 f"{state['top1'] - before['top1']:+.2f} points."
             )
     last = list(rows[0]["states"])[-1]

@@ -40,7 +40,7 @@ RUNS: dict[str, list[str]] = {
     "difference": ["difference", *network("resnet56")],
     "plateaus": ["plateaus", *network("resnet56"), "--cuts", "2", "--cuts", "4", "--cuts", "8", "--cuts", "16"],
     "redundancy": ["redundancy", *network("resnet56")],
-    "attacks": ["attacks", *network("resnet20")],
+    "attacks": ["attacks", *network("resnet20"), "--samples", "200"],
     "training-vgg11": ["training", "--model", "benchmarks/paper_networks.py:vgg11", "--epochs", "15"],
     "training-vgg16": ["training", "--model", "benchmarks/paper_networks.py:vgg16", "--epochs", "15"],
     "training-resnet18": ["training", "--model", "benchmarks/paper_networks.py:resnet18", "--epochs", "15"],

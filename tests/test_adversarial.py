@@ -133,7 +133,7 @@ def test_images_that_the_model_misses_come_back_as_they_are(name, net, right):
 @every_attack
 def test_the_model_is_left_as_found(name, net, right):
     images, labels = right[0][:8], right[1][:8]
-    expected = attack(name, net, images, labels)
+    expected = attack(name, copy.deepcopy(net), images, labels)
     net.train()
     net[1].eval()
     net[0].weight.requires_grad_(False)

@@ -10,12 +10,23 @@ PREFIX = "epoch-"
 
 
 def save_state(accelerator: Any, folder: Path, epoch: int) -> None:
-    """Write the state after `epoch` to `folder/epoch-NNNN` and delete older ones once it is there."""
+    """Write the state after `epoch` to `folder/epoch-NNNN` and delete older ones once it is there.
+
+    Raises:
+        OSError: if it cannot be written; older states stay.
+    """
     final, partial = folder / f"{PREFIX}{epoch:04d}", folder / f".{PREFIX}{epoch:04d}.partial"
     if accelerator.is_main_process and partial.exists():
         shutil.rmtree(partial)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    try:
+        accelerator.save_state(str(partial))
+    except Exception as error:  # of torch, safetensors and pickle, each of a class of its own
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"{folder}: the state after epoch {epoch} cannot be written ({reason}); is the disk full?"
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         older = states(folder)

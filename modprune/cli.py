@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -185,15 +186,22 @@ def evaluate(
 
 
 def main() -> None:
-    """The `modprune` command: 2 for wrong usage, 1 for every other error, one line each."""
+    """The `modprune` command: 2 for wrong usage, 1 for every other error, one line each; 143 after SIGTERM."""
     from modprune._memory import keep_freed_memory
 
     keep_freed_memory()
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:
         print(f"modprune: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+
+
+def _terminated(*_: object) -> None:
+    """A scheduler wants its machine back: leave as after Ctrl-C, with no half-written file."""
+    print("modprune: terminated; prune and study go on with --resume", file=sys.stderr)
+    sys.exit(143)
 
 
 def _need_budget(*budgets: float | None) -> None:

@@ -8,6 +8,7 @@ accumulation, label smoothing, an average of the weights (EMA). --resume goes on
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 
 import torch
@@ -34,6 +35,20 @@ DISTILL, TEMPERATURE = 0.5, 1.0
 EMA_DECAY = 0.9998
 
 
+class Images(ImageFolder):
+    """An image folder that names a file which cannot be read, and gives the next image in its place."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """An image and its class."""
+        for at in range(index, index + len(self)):
+            path, label = self.samples[at % len(self)]
+            try:
+                return self.transform(self.loader(path)), label
+            except OSError as error:
+                print(f"skipped {path}: {str(error).splitlines()[0]}", file=sys.stderr)
+        raise OSError(f"{self.root}: no image can be read")
+
+
 def pretrained(spec: str, weights: str) -> torch.nn.Module:
     """A network by `torchvision:NAME` or `timm:NAME`, with its published weights or those of a file."""
     source, _, name = spec.partition(":")
@@ -53,8 +68,8 @@ def main(arguments: argparse.Namespace) -> None:
     precision = "bf16" if autocast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
     accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=arguments.accumulate)
     teacher = pretrained(arguments.model, arguments.weights).to(accelerator.device).eval()
-    train = ImageFolder(arguments.data_dir / "train", TRAIN)
-    plain, test = ImageFolder(arguments.data_dir / "train", TEST), ImageFolder(arguments.data_dir / "val", TEST)
+    train = Images(arguments.data_dir / "train", TRAIN)
+    plain, test = Images(arguments.data_dir / "train", TEST), Images(arguments.data_dir / "val", TEST)
     options = {"batch_size": arguments.batch_size, "num_workers": arguments.workers}
     seeded = torch.Generator().manual_seed(arguments.seed)
     calibration = DataLoader(plain, shuffle=True, generator=seeded, **options)

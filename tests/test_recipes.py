@@ -60,6 +60,8 @@ def test_imagenet(tmp_path):
             for i in range(images):
                 pixels = random.integers(0, 255, (80, 70, 3), dtype=np.uint8) // (1 + label)
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    broken = tmp_path / "data" / "train" / "class1" / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
     torch.manual_seed(0)
     network = "torchvision:mobilenet_v3_small"
     torch.save(build_model(network).state_dict(), tmp_path / "w.pt")
@@ -73,6 +75,7 @@ def test_imagenet(tmp_path):
             [*map(str, command), "--epochs", str(epochs), *more], capture_output=True, text=True, env=ENV, check=False
         )
         assert done.returncode == 0, done.stderr
+    assert f"skipped {broken}" in done.stderr
     assert "epoch 2: Top-1" in done.stdout
     assert "epoch 1: Top-1" not in done.stdout
     assert json.loads((tmp_path / "out" / "report.json").read_text())["flops_removed"]["modprune"] >= 0.1

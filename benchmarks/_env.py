@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from modprune import _environment
 from modprune._files import write_text
 
 RESULTS = Path(__file__).parent / "results"
-CHANGED = ("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
-PACKAGES = ("torch", "torchvision", "torch-pruning", "fvcore", "thop", "numpy", "accelerate")
+CHANGED = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)benchmarks/paper")
 
 
 def environment() -> dict[str, Any]:
     """Processor, threads, library versions and the commit, with "+" if the tree, but for results, had changes."""
-    return {
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git(*CHANGED) else ""),
-    }
+    return {**_environment.environment(), "commit": _environment.commit(Path(__file__).parent, *CHANGED)}
 
 
 def write_result(name: str, data: dict[str, Any]) -> Path:
@@ -48,15 +36,3 @@ def peak_rss() -> Callable[[], float]:
 def _high_water() -> int:
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()} ({torch.backends.cpu.get_cpu_capability()})"
-    return platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return done.stdout.strip()

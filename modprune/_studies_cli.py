@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -214,6 +215,7 @@ def _run(out: Path, resume: bool, arguments: list[Any], study: Callable[[Parts],
     done = study(parts)
     done.write(out)
     parts.done()
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a training
     print(done.text)
     print(f"Written to {out}")
 

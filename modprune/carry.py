@@ -39,12 +39,12 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     yield
-    now = dict(model.named_parameters())
+    now, stay = dict(model.named_parameters()), set(model.parameters())
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["params"] = [
-                now[names[p]] if p in names else p for p in group["params"] if p not in names or names[p] in now
-            ]
+            # By itself before by its name: of weights that layers share, the layer that gave the name may be gone.
+            heirs = [p if p in stay or p not in names else now.get(names[p]) for p in group["params"]]
+            group["params"] = [p for p in heirs if p is not None]
         left = {p for group in optimizer.param_groups for p in group["params"]}
         if not left:
             raise ValueError(f"{type(optimizer).__name__} has no parameter left: all of its layers were removed")

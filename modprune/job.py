@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
+import platform
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from modprune._environment import commit, environment
 from modprune._files import write_text
 from modprune._inputs import device_of
 from modprune.checkpoints import check_empty
 from modprune.criteria import Criterion
 from modprune.data import ImageData, ImageLoader
 from modprune.distill import CachedTeacher
-from modprune.finetune import Recipe, finetune
+from modprune.finetune import Epoch, Recipe, finetune
 from modprune.picture import save_picture
 from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
@@ -45,9 +50,9 @@ def prune_job(
 ) -> Report:
     """Prune an image classifier and recover it; the original stays as it was.
 
-    Writes to `out`: `plan.json`, `curve.json` and `curve.png` (if blocks are chosen by modularity), `history.json`,
-    `model.safetensors`, `report.json`, `report.md`; while it trains also `checkpoints/`. Files are whole or not there
-    at any moment.
+    Writes to `out`: `run.json` (arguments, versions, commit, host), `plan.json`, `curve.json` and `curve.png` (if
+    blocks are chosen by modularity), `metrics.csv` after each epoch, `history.json`, `model.safetensors`,
+    `report.json`, `report.md`; while it trains also `checkpoints/`. Files are whole or not there at any moment.
 
     Args:
         model: on the device to work on.
@@ -68,21 +73,23 @@ def prune_job(
     checkpoints = out / "checkpoints"
     if not resume:
         check_empty(checkpoints)  # before the minutes of measuring, not after
+    budgets = {"flops": flops, "params": params, "blocks": blocks, "latency": latency, "width": width}
     example = torch.zeros(1, *train.images.shape[1:], device=device)
     plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
     if plan is None:
         calibration = ImageLoader(train, 100, shuffle=True, seed=seed, device=device)
-        pruner = ModularityPruner(
-            model, example, calibration, criterion,
-            flops=flops, params=params, blocks=blocks, latency=latency, width=width,
-        )  # fmt: skip
-        plan = _measure(pruner, out)
+        plan = _measure(ModularityPruner(model, example, calibration, criterion, **budgets), out)  # type: ignore[arg-type]
+    rest = {"recipe": recipe and asdict(recipe), "batch_size": batch_size, "pad": pad, "seed": seed}
+    _describe(out, {"network": type(model).__name__, "criterion": plan.criterion, **budgets, **rest}, device)
     pruned = plan.apply(copy.deepcopy(model), example)
     if recipe is not None:
         loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device)
         teacher = CachedTeacher(model, len(train))
         pruned.to(memory_format=torch.channels_last)
-        history = finetune(pruned, loader, teacher=teacher, checkpoints=checkpoints, resume=resume, **asdict(recipe))
+        history = finetune(
+            pruned, loader, teacher=teacher, checkpoints=checkpoints, resume=resume,
+            after_epoch=Metrics(out / "metrics.csv"), **asdict(recipe),
+        )  # fmt: skip
         write_text(out / "history.json", json.dumps([asdict(epoch) for epoch in history], indent=2) + "\n")
     pruned.to(memory_format=torch.contiguous_format)  # as the original, for the clock
     report = compare(model, pruned, example, ImageLoader(test, 100, device=device))
@@ -102,6 +109,27 @@ def _measure(pruner: ModularityPruner, out: Path) -> PruningPlan:
         save_picture(curve.plot(removed=plan.remove), out / "curve.png")
     plan.to_json(out / "plan.json")
     return plan
+
+
+def _describe(out: Path, arguments: dict[str, Any], device: torch.device) -> None:
+    """`run.json`: what somebody needs to know of the run a year later."""
+    place = {"device": str(device), "host": platform.node(), "folder": str(Path.cwd()), "commit": commit(Path.cwd())}
+    run = {"modprune": version("modprune"), "arguments": arguments, **place, **environment()}
+    write_text(out / "run.json", json.dumps(run, indent=2) + "\n")
+
+
+class Metrics:
+    """Keeps a CSV file of the epochs as they end; rows of an interrupted run that are made anew are replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, epoch: Epoch) -> None:
+        """Add a row."""
+        names = [field.name for field in fields(Epoch)]
+        rows = list(csv.reader(self.path.read_text().splitlines()[1:])) if self.path.exists() else []
+        rows = [row for row in rows if int(row[0]) < epoch.epoch] + [list(map(str, asdict(epoch).values()))]
+        write_text(self.path, "\n".join(",".join(row) for row in [names, *rows]) + "\n")
 
 
 def _story(plan: PruningPlan) -> str:

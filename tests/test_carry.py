@@ -77,6 +77,15 @@ def test_narrowed_layers_begin_anew_in_their_group():
     steps(model, optimizer, 1)
 
 
+def test_weights_shared_with_a_block_that_goes_stay():
+    model = resnet20()
+    model.layer1[1].conv1.weight = model.layer1[0].conv1.weight
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with carry_over(model, optimizer):
+        PruningPlan(("layer1.0",)).apply(model)
+    assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
+
+
 def test_parameters_of_others_stay_and_an_empty_optimizer_is_refused():
     model, scale = resnet20(), nn.Parameter(torch.ones(()))
     both = OPTIMIZERS["sgd"]([*model.parameters(), scale])

@@ -134,11 +134,15 @@ def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
         "curve.json",
         "curve.png",
         "history.json",
+        "metrics.csv",
         "model.safetensors",
         "plan.json",
         "report.json",
         "report.md",
+        "run.json",
     ]
+    arguments = json.loads((tmp_path / "whole" / "run.json").read_text())["arguments"]
+    assert (arguments["blocks"], arguments["recipe"]["lr"], arguments["seed"]) == (2, 0.05, 0)
 
     cut = tmp_path / "cut"
     command = [sys.executable, "-m", "modprune", *map(str, prune(weights, cut, *options))]
@@ -151,6 +155,9 @@ def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
     assert not (cut / "model.safetensors").exists()
     assert "holds an unfinished run" in run(*prune(weights, cut, *options), check=1).stderr
     run(*prune(weights, cut, *options, "--resume"))
+    for folder in (tmp_path / "whole", cut):
+        rows = (folder / "metrics.csv").read_text().splitlines()
+        assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3"]
     assert (cut / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
     text = run("evaluate", "--model", cut / "model.safetensors", "--data", "digits", "--json", cut / "e.json").stdout
@@ -181,6 +188,7 @@ def test_a_study_writes_numbers_pictures_and_text(name, weights, tmp_path):
     assert done.exit_code == 0, done.output
     assert {"study.json", "study.md", "study.png", "study.svg"} <= {path.name for path in tmp_path.iterdir()}
     assert not (tmp_path / "parts.json").exists()
+    assert not (tmp_path / "checkpoints").exists()
     assert json.loads((tmp_path / "study.json").read_text())["study"] == name
     assert (tmp_path / "study.md").read_text().split("\n\n")[1] in done.output
 

@@ -171,6 +171,8 @@ def _rank(rank: int, folder: str, port: int) -> None:
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(history, file)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_learn_what_one_learns_from_batches_twice_as_large(tmp_path):

@@ -188,6 +188,7 @@ def _rank(rank: int, folder: str) -> None:
 
     plan = ModularityPruner(network(), X, loader(), criterion, blocks=3).plan()
     Path(folder, f"plan{rank}.json").write_text(plan.to_json())
+    dist.barrier()  # gloo aborts a process that takes its group down while the other still reads from it
     dist.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "torch-pruning", "fvcore", "thop", "numpy", "accelerate")
+PACKAGES = ("modprune", "torch", "torchvision", "torch-pruning", "fvcore", "thop", "numpy", "accelerate")
 
 
 def environment() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 # saves half of the products. Otherwise rows are worked off in blocks that stay in the cache between the steps.
 WHOLE, LONG = 8192, 1024
 BLOCK = 2**21
+# Columns of which the maximum is taken before any is sorted.
 RUN = 64
 # Squares and products of float32 norms within these bounds neither overflow nor vanish.
 SAFE_NORMS = (1e-15, 1e15)
@@ -176,7 +177,7 @@ def _nearest(gram: Tensor, inverse: Tensor, k: int, start: int = 0) -> FeatureGr
 
 
 def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`rows.topk(k, dim=1)` for rows (B, N), several times as fast where N is large.
+    """`rows.topk(k, dim=1)` for rows (B, N), faster where N is large.
 
     The k largest values lie in the k runs of columns with the largest maxima, and a maximum is cheaper than a sort.
     """

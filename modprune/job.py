@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import platform
 import shutil
-from dataclasses import asdict, fields
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +112,7 @@ def _measure(pruner: ModularityPruner, out: Path) -> PruningPlan:
 def _describe(out: Path, arguments: dict[str, Any], device: torch.device) -> None:
     """`run.json`: what somebody needs to know of the run a year later."""
     place = {"device": str(device), "host": platform.node(), "folder": str(Path.cwd()), "commit": commit(Path.cwd())}
-    run = {"modprune": version("modprune"), "arguments": arguments, **place, **environment()}
-    write_text(out / "run.json", json.dumps(run, indent=2) + "\n")
+    write_text(out / "run.json", json.dumps({"arguments": arguments, **place, **environment()}, indent=2) + "\n")
 
 
 class Metrics:
@@ -126,10 +123,11 @@ class Metrics:
 
     def __call__(self, epoch: Epoch) -> None:
         """Add a row."""
-        names = [field.name for field in fields(Epoch)]
-        rows = list(csv.reader(self.path.read_text().splitlines()[1:])) if self.path.exists() else []
-        rows = [row for row in rows if int(row[0]) < epoch.epoch] + [list(map(str, asdict(epoch).values()))]
-        write_text(self.path, "\n".join(",".join(row) for row in [names, *rows]) + "\n")
+        rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
+        rows = [row for row in rows if int(row.split(",")[0]) < epoch.epoch]
+        new = asdict(epoch)
+        row = ",".join("" if value is None else str(value) for value in new.values())
+        write_text(self.path, "\n".join([",".join(new), *rows, row]) + "\n")
 
 
 def _story(plan: PruningPlan) -> str:

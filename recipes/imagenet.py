@@ -33,6 +33,7 @@ TEST = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), *TO_TENSO
 MOMENTUM, WEIGHT_DECAY, SMOOTHING = 0.9, 1e-4, 0.1  # of torchvision's reference for ResNets
 DISTILL, TEMPERATURE = 0.5, 1.0
 EMA_DECAY = 0.9998
+LOOK = 25  # steps between looks at the loss, each of which an accelerator has to wait for
 
 
 class Images(ImageFolder):
@@ -108,15 +109,16 @@ def main(arguments: argparse.Namespace) -> None:
                 hard = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
                 kl = F.kl_div(F.log_softmax(logits / TEMPERATURE, 1), soft, reduction="batchmean", log_target=True)
                 loss = (1 - DISTILL) * hard + DISTILL * TEMPERATURE**2 * kl
-                if not loss.isfinite():
-                    raise RuntimeError(f"epoch {epoch + 1}, step {step + 1}: the loss is {loss}; try a lower --lr")
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
             schedule.step()
             if accelerator.sync_gradients:
                 ema.update_parameters(bare)
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            if step % LOOK == 0:
+                if not loss.isfinite():
+                    raise RuntimeError(f"epoch {epoch + 1}, step {step + 1}: the loss is {loss}; try a lower --lr")
+                bar.set_postfix(loss=f"{loss.item():.3f}")
         save_state(accelerator, arguments.out / "checkpoints", epoch + 1)
         if accelerator.is_main_process:
             print(f"epoch {epoch + 1}: Top-1 of the average {modprune.evaluate(ema.module, test_loader).top1:.2f} %")

@@ -31,8 +31,7 @@ Model = Callable[[Tensor], Tensor]
 
 # Tries that the model sees at once: the black-box attacks have many for each image.
 AT_ONCE = 1024
-# 3072 features make 4.7 million pairs. The best has a high sum of both slopes: with ResNet-20 it lay among the 16
-# highest for each of 24 images of CIFAR-10.
+# 3072 features make 4.7 million pairs; the best has a high sum of both slopes, so pairs of the highest are enough.
 SHORTLIST = 64
 # atanh(1) is infinite; Carlini and Wagner's own code shrinks the images as much.
 SHRINK = 0.999999

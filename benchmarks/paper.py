@@ -21,6 +21,8 @@ import numpy as np
 
 from benchmarks._env import environment
 from modprune._files import write_text
+from modprune.studies.study import rank_correlation
+from modprune.studies.training import settled
 
 PAPER = Path(__file__).parent / "paper"
 WEIGHTS = {
@@ -64,14 +66,9 @@ def leaves_the_rest(numbers: Mapping[str, Any]) -> bool:
     """Whether each cut ranks the points that stay as the whole network does (Spearman, 0.9)."""
     whole = dict(zip(numbers["layers"], np.mean(numbers["q"], 0), strict=True))
     return all(
-        rank_correlation([whole[layer] for layer in row["layers"]], np.mean(row["q"], 0)) >= 0.9
+        rank_correlation([[whole[layer] for layer in row["layers"]], np.mean(row["q"], 0)])[0, 1] >= 0.9
         for row in numbers["cuts"]
     )
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's."""
-    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
 
 
 def parts_with_q(numbers: Mapping[str, Any]) -> bool:
@@ -100,10 +97,9 @@ def keeps_its_shape(numbers: Mapping[str, Any]) -> bool:
 def shallow_first(numbers: Mapping[str, Any]) -> bool:
     """Whether the shallow half of the points settles in earlier epochs, in the mean, than the deep half."""
     q = np.array([row["q"] for row in numbers["epochs"]])
-    outside = np.abs(q - q[-1]) > 0.1 * np.ptp(q, axis=0)
-    settled = [int(np.nonzero(column)[0][-1]) + 1 if column.any() else 0 for column in outside.T]
-    half = len(settled) // 2
-    return bool(np.mean(settled[:half]) < np.mean(settled[half:]))
+    rows = [settled(column) for column in q.T]
+    half = len(rows) // 2
+    return bool(np.mean(rows[:half]) < np.mean(rows[half:]))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ torch-pruning. A batch is `(inputs, labels, ...)` or a dict that holds `labels`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +62,11 @@ def first_tensor(value: Any) -> Tensor | None:
             if found is not None:
                 return found
     return None
+
+
+def first_sample(loader: Iterable[Any]) -> Any:
+    """The inputs of the first sample of a loader, as a batch of one."""
+    return take(split_batch(next(iter(loader)))[0], 0, 1)
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:

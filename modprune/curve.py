@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modprune._files import write_text
-from modprune._inputs import call, device_of, evaluating, split_batch, take, to_device
+from modprune._inputs import call, device_of, evaluating, first_sample, to_device
 from modprune.blocks import Blocks, find_blocks
 from modprune.features import GIB, LayerGrams, Sample, draw
 from modprune.graph import WHOLE, check_k, feature_graph_from_gram, graph_modularity
@@ -135,7 +135,7 @@ def modularity_curve(
     with evaluating(model):
         if layers is None:
             if example_inputs is None:
-                example_inputs = take(split_batch(next(iter(loader)))[0], 0, 1)
+                example_inputs = first_sample(loader)
             layers = points(model, find_blocks(model, example_inputs) if blocks is None else blocks, example_inputs)
         grams = LayerGrams(model, layers, budget)
         q = [q_of(grams, sample, k) for sample in draw(loader, samples, repeats)]

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from modprune._inputs import split_batch, take
+from modprune._inputs import first_sample
 from modprune.curve import check_classes
 from modprune.features import GIB, LayerGrams, Sample
 from modprune.features import draw as draw_samples
 from modprune.graph import check_k, feature_graph_from_gram, graph_modularity
 from modprune.studies.layers import layers_of
-from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, style
+from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, rank_correlation, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,12 +51,13 @@ def ablation(
         ValueError: as `modularity_curve`.
     """
     check_k(max(ks), min(sizes))
-    parts, layers = parts or Parts(), layers_of(model, take(split_batch(next(iter(loader)))[0], 0, 1))
+    parts, layers = parts or Parts(), layers_of(model, first_sample(loader))
     drawn = []
     for repeat, sample in enumerate(draw_samples(loader, max(sizes), repeats)):
         drawn.append(parts(f"draw {repeat}", _grid, model, layers, sample, ks, sizes, budget))
     cells = [{"k": k, "samples": n, "q": [q for grid in drawn for q in grid[f"{k}, {n}"]]} for k in ks for n in sizes]
-    numbers = {"layers": layers, "cells": cells, "rank_correlation": _rank_correlation(cells)}
+    mean = [np.array(cell["q"]).mean(0) for cell in cells]
+    numbers = {"layers": layers, "cells": cells, "rank_correlation": rank_correlation(mean).tolist()}
     return Study("ablation", numbers, draw(numbers), tell(numbers))
 
 
@@ -76,12 +77,6 @@ def _grid(
                     graph = feature_graph_from_gram(gram[part, part].clone(), k)
                     grid[f"{k}, {n}"][draw_].append(graph_modularity(graph, labels[part]))
     return grid
-
-
-def _rank_correlation(cells: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """Spearman's, of the mean curves of all cells."""
-    ranks = np.argsort(np.argsort([np.mean(cell["q"], 0) for cell in cells], axis=1), axis=1)
-    return [list(row) for row in np.atleast_2d(np.corrcoef(ranks))]
 
 
 def draw(numbers: Mapping[str, Any]) -> Figure:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from modprune._inputs import split_batch, take
+from modprune._inputs import first_sample
 from modprune.curve import ModularityCurve, modularity_curve
 from modprune.picture import plot_curve
 from modprune.studies.layers import layers_of
@@ -42,7 +42,7 @@ def curves(
     parts = parts or Parts()
 
     def measured(model: nn.Module, loader: Iterable[Any]) -> dict[str, Any]:
-        example = take(split_batch(next(iter(loader)))[0], 0, 1)
+        example = first_sample(loader)
         curve = modularity_curve(model, loader, k, samples, repeats, layers=layers_of(model, example))
         flat, falling = curve.plateaus(), curve.degradations()
         return {"layers": curve.layers, "q": curve.q.tolist(), "plateaus": flat, "degradations": falling}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modprune._inputs import split_batch, take
+from modprune._inputs import first_sample
 from modprune.blocks import find_blocks
 from modprune.curve import check_classes
 from modprune.features import GIB, LayerGrams, Sample
@@ -48,7 +48,7 @@ def difference(
     Raises:
         ValueError: as `modularity_curve`.
     """
-    parts, example = parts or Parts(), take(split_batch(next(iter(loader)))[0], 0, 1)
+    parts, example = parts or Parts(), first_sample(loader)
     after = set(layers_of(model, example))
     inside = {layer for block in find_blocks(model, example) for layer in block.layers if block.kind != "plain"}
     inside = (inside & set(weight_layers(model))) - after

@@ -9,12 +9,12 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from modprune._inputs import split_batch, take
+from modprune._inputs import first_sample
 from modprune.blocks import find_blocks
 from modprune.curve import ModularityCurve, modularity_curve
 from modprune.studies.layers import layers_of
 from modprune.studies.recovery import cut, recover
-from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, style
+from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, rank_correlation, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ def plateaus(
     Raises:
         ValueError: as `modularity_curve`, and for cuts of more blocks than there are.
     """
-    parts, example = parts or Parts(), take(split_batch(next(iter(loader)))[0], 0, 1)
+    parts, example = parts or Parts(), first_sample(loader)
     layers = layers_of(model, example)
     whole = np.array(
         parts("whole", lambda: modularity_curve(model, loader, k, samples, repeats, layers=layers).q.tolist())
@@ -98,7 +98,7 @@ def tell(numbers: Mapping[str, Any]) -> str:
     whole = dict(zip(numbers["layers"], np.mean(numbers["q"], 0), strict=True))
     for row in numbers["cuts"]:
         q, before = np.mean(row["q"], 0), np.array([whole[layer] for layer in row["layers"]])
-        same = np.corrcoef(np.argsort(np.argsort(q)), np.argsort(np.argsort(before)))[0, 1]
+        same = rank_correlation([q, before])[0, 1]
         lines.append(
             f"{row['cut']} removed: Q at the points that stay differs by {np.abs(q - before).mean():.4f} in the mean "
             f"and {np.abs(q - before).max():.4f} at the most; rank correlation of the two curves {same:.3f}; "

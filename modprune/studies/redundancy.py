@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from modprune._inputs import split_batch, take
+from modprune._inputs import first_sample
 from modprune.blocks import find_blocks
 from modprune.curve import modularity_curve
 from modprune.evaluate import evaluate
@@ -53,7 +53,7 @@ def redundancy(
     Raises:
         ValueError: as `modularity_curve`, and if the network has fewer than 2 x `cuts` blocks.
     """
-    parts, example = parts or Parts(), take(split_batch(next(iter(loader)))[0], 0, 1)
+    parts, example = parts or Parts(), first_sample(loader)
     layers = layers_of(model, example)
     curve = modularity_curve(model, loader, k, samples, repeats, layers=layers)
     order = by_gain(curve, find_blocks(model, example).names)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modprune._inputs import split_batch, take
+from modprune._inputs import first_sample
 from modprune.curve import check_classes
 from modprune.features import GIB, LayerGrams
 from modprune.features import draw as draw_samples
@@ -49,7 +49,7 @@ def separation(
         ValueError: as `modularity_curve`.
     """
     parts = parts or Parts()
-    layers = layers_of(model, take(split_batch(next(iter(loader)))[0], 0, 1))
+    layers = layers_of(model, first_sample(loader))
     sample = next(draw_samples(loader, samples, 1))
     labels = torch.cat([labels for _, labels in sample])
     check_classes(labels)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from modprune._files import write_bytes, write_text
 
@@ -79,6 +81,11 @@ def panels(count: int, columns: int, height: float, **options: Any) -> tuple[Fig
     for spare in axes[count:]:
         spare.set_axis_off()
     return figure, axes[:count]
+
+
+def rank_correlation(rows: Sequence[Any]) -> np.ndarray:
+    """(R, R): Spearman's, of every pair of R rows of numbers."""
+    return np.atleast_2d(np.corrcoef(np.argsort(np.argsort(rows, axis=1), axis=1)))
 
 
 class Parts:

@@ -141,16 +141,16 @@ def tell(numbers: Mapping[str, Any]) -> str:
         f"First point {q[0, 0]:.3f} to {q[-1, 0]:.3f}, last point {q[0, -1]:.3f} to {q[-1, -1]:.3f}"
     )
     text += f", Top-1 {rows[-1]['top1']:.2f} % at the end." if "top1" in rows[-1] else "."
-    settled = [_settled(q[:, i]) for i in range(len(layers))]
+    since = [settled(q[:, i]) for i in range(len(layers))]
     half = len(layers) // 2
     return text + (
         " The epoch from which Q stays within a tenth of its range of its last value: "
-        f"{np.mean([rows[i]['epoch'] for i in settled[:half]]):.1f} in the mean for the shallow half of the points, "
-        f"{np.mean([rows[i]['epoch'] for i in settled[half:]]):.1f} for the deep half."
+        f"{np.mean([rows[i]['epoch'] for i in since[:half]]):.1f} in the mean for the shallow half of the points, "
+        f"{np.mean([rows[i]['epoch'] for i in since[half:]]):.1f} for the deep half."
     )
 
 
-def _settled(q: np.ndarray) -> int:
+def settled(q: np.ndarray) -> int:
     """First row from which on all lie within a tenth of the range from the last."""
     outside = np.nonzero(np.abs(q - q[-1]) > 0.1 * np.ptp(q))[0]
     return int(outside[-1] + 1) if len(outside) else 0

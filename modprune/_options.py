@@ -10,13 +10,12 @@ import typer
 if TYPE_CHECKING:
     from torch import nn
 
-    from modprune.data import ImageData
 
 MODEL_NAMES = (
     *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet18"),
     *("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
 )
-DATA_NAMES = ("cifar10", "digits")
+DATA_NAMES = ("cifar10", "cifar100", "digits")
 CRITERION_NAMES = (
     *("modularity", "linear_probe", "dbp", "cka", "block_influence", "ablation", "taylor", "l1_norm", "bn_scale"),
     *("consensus", "random"),
@@ -42,6 +41,15 @@ def check_model(value: str) -> str:
     return value
 
 
+def check_data(value: str) -> str:
+    """A spec as given; raises typer.BadParameter for one that can name nothing."""
+    if value not in DATA_NAMES and ".py:" not in value:
+        raise typer.BadParameter(
+            f"{value!r} is unknown: give one of {', '.join(DATA_NAMES)} or path/to/file.py:function"
+        )
+    return value
+
+
 def _fraction(value: float | None) -> float | None:
     if value is not None and not 0 < value < 1:
         raise typer.BadParameter(f"{value} is no fraction between 0 and 1, such as 0.6 for 60 %")
@@ -54,8 +62,9 @@ _NETWORKS = (
 )
 Model = Annotated[str, typer.Option(help=f"Network: {_NETWORKS}", callback=check_model)]
 Weights = Annotated[Path, typer.Option(help="Its trained weights: a .th, .pt or .safetensors file.")]
-Data = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATA_NAMES)}.", callback=_one_of(DATA_NAMES))]
-DataDir = Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-py; digits need none.")]
+_DATA_SETS = f"{', '.join(DATA_NAMES)}; or path/to/file.py:function (a file of yours: it is run)."
+Data = Annotated[str, typer.Option(help=f"Data set: {_DATA_SETS}", callback=check_data)]
+DataDir = Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-py or cifar-100-python.")]
 Flops = Annotated[float | None, typer.Option(help="Fraction of MACs to remove, at least.", callback=_fraction)]
 Params = Annotated[float | None, typer.Option(help="Fraction of parameters to remove, at least.", callback=_fraction)]
 Latency = Annotated[
@@ -81,20 +90,13 @@ Samples = Annotated[int, typer.Option(min=2, help="Images a repeat.")]
 Repeats = Annotated[int, typer.Option(min=1, help="How many times to measure, on other images each time.")]
 
 
-def load_network(name: str, weights: Path | None, device: str) -> nn.Module:
-    """The network of a spec on a device, with these weights or fresh ones."""
+def load_network(name: str, weights: Path | None, device: str, data: str) -> nn.Module:
+    """The network of a spec on a device, with weights or fresh ones; a built-in one has the classes of `data`."""
     from modprune import load_weights
-    from modprune.specs import build_model
+    from modprune.specs import build_model, data_shape
 
-    network = build_model(name)
+    network = build_model(name, data_shape(data)[0]) if name in MODEL_NAMES else build_model(name)
     return (load_weights(network, weights) if weights is not None else network).to(pick_device(device))
-
-
-def load_data(name: str, folder: Path, train: bool) -> ImageData:
-    """The images of a data set by name."""
-    from modprune.data import cifar10, digits
-
-    return digits(train) if name == "digits" else cifar10(folder, train)
 
 
 def pick_device(name: str) -> str:

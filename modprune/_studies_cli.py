@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,14 +20,16 @@ from modprune._options import (
     Samples,
     Seed,
     Weights,
+    check_data,
     check_model,
-    load_data,
     load_network,
     pick_device,
 )
 
 if TYPE_CHECKING:
-    from modprune.data import ImageLoader
+    from torch import nn
+
+    from modprune.data import ImageData, ImageLoader
     from modprune.studies import Parts, Study
 
 ATTACK_NAMES = ("fgsm", "pgd", "cw", "jsma", "one_pixel", "local_search")
@@ -44,31 +47,38 @@ Epochs = Annotated[int, typer.Option(min=0, help="Of fine-tuning each cut; 0 lea
 Rate = Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")]
 
 
-def _each(values: list[str]) -> list[str]:
+def _each_model(values: list[str]) -> list[str]:
     return [check_model(value) for value in values]
+
+
+def _each_data(values: list[str]) -> list[str]:
+    return [check_data(value) for value in values]
 
 
 @app.command()
 def curves(
-    model: Annotated[list[str], typer.Option(help="Network, as elsewhere; give one or more.", callback=_each)],
+    model: Annotated[list[str], typer.Option(help="Network, as elsewhere; give one or more.", callback=_each_model)],
     weights: Annotated[list[Path], typer.Option(help="Trained weights, one file for each --model, in order.")],
-    out: Out, data: Data = "cifar10", data_dir: DataDir = Path("data"), k: K = 3, samples: Samples = 500,
-    repeats: Repeats = 5, seed: Seed = 0, device: Device = "auto", resume: Resume = False,
+    out: Out,
+    data: Annotated[
+        list[str],
+        typer.Option(help="Data set, as elsewhere: one, or one for each --model, in order.", callback=_each_data),
+    ] = ["cifar10"],  # noqa: B006 (typer reads it, nobody changes it)
+    data_dir: DataDir = Path("data"), k: K = 3, samples: Samples = 500, repeats: Repeats = 5, seed: Seed = 0,
+    device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """The curves of several networks side by side: where Q rises, where it is flat, where it falls."""
     from modprune import studies
 
     if len(model) != len(weights):
         raise typer.BadParameter(f"{len(model)} --model and {len(weights)} --weights: give one file for each network")
+    if len(data) not in (1, len(model)):
+        raise typer.BadParameter(f"{len(model)} --model and {len(data)} --data: give one for all, or one for each")
 
     def study(parts: Parts) -> Study:
-        networks = {
-            f"{name} ({file.stem})" if model.count(name) > 1 else name: (
-                load_network(name, file, device),
-                _calibration(data, data_dir, seed, device),
-            )
-            for name, file in zip(model, weights, strict=True)
-        }
+        sets = data * len(model) if len(data) == 1 else data
+        sources = [_Source(*given, data_dir, device, seed) for given in zip(model, weights, sets, strict=True)]
+        networks = {title: (s.network, s.calibration) for title, s in zip(_titles(sources), sources, strict=True)}
         return studies.curves(networks, k=k, samples=samples, repeats=repeats, parts=parts)
 
     _run(out, resume, [model, list(map(str, weights)), data, k, samples, repeats, seed], study)
@@ -83,8 +93,8 @@ def separation(
     from modprune import studies
 
     def study(parts: Parts) -> Study:
-        network, loader = load_network(model, weights, device), _calibration(data, data_dir, seed, device)
-        return studies.separation(network, loader, k=k, samples=samples, seed=seed, parts=parts)
+        source = _Source(model, weights, data, data_dir, device, seed)
+        return studies.separation(source.network, source.calibration, k=k, samples=samples, seed=seed, parts=parts)
 
     _run(out, resume, [model, str(weights), data, k, samples, seed], study)
 
@@ -103,11 +113,11 @@ def training(
     from modprune import save, studies
 
     def study(parts: Parts) -> Study:
+        source = _Source(model, weights, data, data_dir, device, seed)
         torch.manual_seed(seed)
-        network = load_network(model, weights, device)
+        network = source.network
         done = studies.training(
-            network, _calibration(data, data_dir, seed, device), _training(data, data_dir, seed, device),
-            _test(data, data_dir, device), epochs=epochs, lr=lr, k=k, samples=samples,
+            network, source.calibration, source.training, source.test, epochs=epochs, lr=lr, k=k, samples=samples,
             checkpoints=out / "checkpoints", parts=parts,
         )  # fmt: skip
         save(network, out / "model.safetensors")
@@ -120,16 +130,17 @@ def training(
 def attacks(
     model: Model, weights: Weights, out: Out, data: Data = "cifar10", data_dir: DataDir = Path("data"),
     attack: Annotated[list[str], typer.Option(help=f"Some of {', '.join(ATTACK_NAMES)}; all if not given.")]
-    = list(ATTACK_NAMES),  # noqa: B006 (typer reads it, nobody changes it)
+    = list(ATTACK_NAMES),  # noqa: B006
     k: K = 3, samples: Samples = 500, device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """Q of test images under six attacks against the same images clean."""
     from modprune import studies
 
     def study(parts: Parts) -> Study:
-        network, loader = load_network(model, weights, device), _test(data, data_dir, device)
-        normal = {"mean": loader.data.mean, "std": loader.data.std}
-        return studies.attacks(network, loader, **normal, names=attack, k=k, samples=samples, parts=parts)
+        source = _Source(model, weights, data, data_dir, device)
+        test = source.test
+        normal = {"mean": test.data.mean, "std": test.data.std}
+        return studies.attacks(source.network, test, **normal, names=attack, k=k, samples=samples, parts=parts)
 
     _run(out, resume, [model, str(weights), data, attack, k, samples], study)
 
@@ -147,8 +158,8 @@ def ablation(
     from modprune import studies
 
     def study(parts: Parts) -> Study:
-        network, loader = load_network(model, weights, device), _calibration(data, data_dir, seed, device)
-        return studies.ablation(network, loader, ks=k, sizes=samples, repeats=repeats, parts=parts)
+        source = _Source(model, weights, data, data_dir, device, seed)
+        return studies.ablation(source.network, source.calibration, ks=k, sizes=samples, repeats=repeats, parts=parts)
 
     _run(out, resume, [model, str(weights), data, k, samples, repeats, seed], study)
 
@@ -164,10 +175,10 @@ def plateaus(
     from modprune import studies
 
     def study(parts: Parts) -> Study:
+        source = _Source(model, weights, data, data_dir, device, seed)
         return studies.plateaus(
-            load_network(model, weights, device), _calibration(data, data_dir, seed, device),
-            _training(data, data_dir, seed, device), cuts=cuts, epochs=epochs, lr=lr, k=k, samples=samples,
-            repeats=repeats, parts=parts,
+            source.network, source.calibration, source.training, cuts=cuts, epochs=epochs, lr=lr, k=k,
+            samples=samples, repeats=repeats, parts=parts,
         )  # fmt: skip
 
     _run(out, resume, [model, str(weights), data, cuts, epochs, lr, k, samples, repeats, seed], study)
@@ -183,10 +194,10 @@ def redundancy(
     from modprune import studies
 
     def study(parts: Parts) -> Study:
+        source = _Source(model, weights, data, data_dir, device, seed)
         return studies.redundancy(
-            load_network(model, weights, device), _calibration(data, data_dir, seed, device),
-            _training(data, data_dir, seed, device), _test(data, data_dir, device), cuts=cuts, epochs=epochs, lr=lr,
-            k=k, samples=samples, repeats=repeats, parts=parts,
+            source.network, source.calibration, source.training, source.test, cuts=cuts, epochs=epochs, lr=lr, k=k,
+            samples=samples, repeats=repeats, parts=parts,
         )  # fmt: skip
 
     _run(out, resume, [model, str(weights), data, cuts, epochs, lr, k, samples, repeats, seed], study)
@@ -202,10 +213,21 @@ def difference(
     from modprune import studies
 
     def study(parts: Parts) -> Study:
-        network, loader = load_network(model, weights, device), _calibration(data, data_dir, seed, device)
-        return studies.difference(network, loader, k=k, samples=samples, repeats=repeats, parts=parts)
+        source = _Source(model, weights, data, data_dir, device, seed)
+        return studies.difference(
+            source.network, source.calibration, k=k, samples=samples, repeats=repeats, parts=parts
+        )
 
     _run(out, resume, [model, str(weights), data, k, samples, repeats, seed], study)
+
+
+def _titles(sources: list[_Source]) -> list[str]:
+    """The network; its data and weights too where that does not tell one from another."""
+    titles = [Path(source.model).name for source in sources]
+    for more in ("data", "weights"):
+        if len(set(titles)) < len(titles):
+            titles = [f"{t}, {Path(str(getattr(s, more))).name}" for t, s in zip(titles, sources, strict=True)]
+    return titles
 
 
 def _run(out: Path, resume: bool, arguments: list[Any], study: Callable[[Parts], Study]) -> None:
@@ -220,21 +242,43 @@ def _run(out: Path, resume: bool, arguments: list[Any], study: Callable[[Parts],
     print(f"Written to {out}")
 
 
-def _calibration(data: str, folder: Path, seed: int, device: str) -> ImageLoader:
-    from modprune.data import ImageLoader
+@dataclass(frozen=True)
+class _Source:
+    """A network and its data, each loaded when it is asked for."""
 
-    return ImageLoader(load_data(data, folder, train=True), 100, shuffle=True, seed=seed, device=pick_device(device))
+    model: str
+    weights: Path | None
+    data: str
+    data_dir: Path
+    device: str
+    seed: int = 0
 
+    @property
+    def calibration(self) -> ImageLoader:
+        """Training images as they are, in random order."""
+        return self._loader(True, 100, shuffle=True)
 
-def _training(data: str, folder: Path, seed: int, device: str) -> ImageLoader:
-    from modprune.data import ImageLoader
+    @property
+    def training(self) -> ImageLoader:
+        """Training images, augmented; small sets in small batches, for more steps an epoch."""
+        images = self._images(True)
+        return self._loader(True, 128 if len(images) > 10_000 else 64, pad=images.pad, shuffle=True)
 
-    size, pad = (64, 1) if data == "digits" else (128, 4)
-    images = load_data(data, folder, train=True)
-    return ImageLoader(images, size, pad=pad, shuffle=True, seed=seed, device=pick_device(device))
+    @property
+    def test(self) -> ImageLoader:
+        """Test images in order."""
+        return self._loader(False, 100)
 
+    @property
+    def network(self) -> nn.Module:
+        return load_network(self.model, self.weights, self.device, self.data)
 
-def _test(data: str, folder: Path, device: str) -> ImageLoader:
-    from modprune.data import ImageLoader
+    def _images(self, train: bool) -> ImageData:
+        from modprune.specs import load_data
 
-    return ImageLoader(load_data(data, folder, train=False), 100, device=pick_device(device))
+        return load_data(self.data, self.data_dir, train)
+
+    def _loader(self, train: bool, size: int, **options: Any) -> ImageLoader:
+        from modprune.data import ImageLoader
+
+        return ImageLoader(self._images(train), size, seed=self.seed, device=pick_device(self.device), **options)

@@ -29,7 +29,6 @@ from modprune._options import (
     Seed,
     Weights,
     Width,
-    load_data,
     load_network,
     pick_device,
 )
@@ -54,10 +53,11 @@ def blocks(
     import torch
 
     from modprune import count_macs, count_params, find_blocks
-    from modprune.specs import build_model
+    from modprune.specs import build_model, data_shape
 
-    network, size = build_model(model), size or (8 if data == "digits" else 32)
-    example = torch.zeros(1, 3, size, size)
+    num_classes, (channels, *sides) = data_shape(data)
+    network = build_model(model, num_classes)
+    example = torch.zeros(1, channels, *([size, size] if size else sides))
     found = find_blocks(network, example)
     macs, params = count_macs(network, example), count_params(network)
     width = max([12, *map(len, (*found.names, *found.refused))])
@@ -83,8 +83,9 @@ def curve(
     from modprune import modularity_curve
     from modprune.data import ImageLoader
     from modprune.picture import save_picture
+    from modprune.specs import load_data
 
-    network, train = load_network(model, weights, device), load_data(data, data_dir, train=True)
+    network, train = load_network(model, weights, device, data), load_data(data, data_dir, train=True)
     loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=pick_device(device))
     result = modularity_curve(network, loader, k, samples, repeats)
     flat, falling = result.plateaus(), result.degradations()
@@ -110,9 +111,10 @@ def plan(
 
     from modprune import ModularityPruner
     from modprune.data import ImageLoader
+    from modprune.specs import load_data
 
     _need_budget(flops, params, count, latency)
-    network, train = load_network(model, weights, device), load_data(data, data_dir, train=True)
+    network, train = load_network(model, weights, device, data), load_data(data, data_dir, train=True)
     loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=pick_device(device))
     example = torch.zeros(1, *train.images.shape[1:])
     pruner = ModularityPruner(
@@ -148,16 +150,16 @@ def prune(
     """
     from modprune.finetune import Recipe
     from modprune.job import prune_job
+    from modprune.specs import load_data
 
     _need_budget(flops, params, count, latency)
-    network = load_network(model, weights, device)
+    network = load_network(model, weights, device, data)
     train, test = load_data(data, data_dir, train=True), load_data(data, data_dir, train=False)
     recipe = Recipe(epochs=epochs, lr=lr) if epochs else None
-    pad = 4 if data == "cifar10" else 1
     try:
         report = prune_job(
             network, train, test, out, flops=flops, params=params, blocks=count, latency=latency, width=width,
-            criterion=criterion, recipe=recipe, batch_size=batch_size, pad=pad, seed=seed, resume=resume,
+            criterion=criterion, recipe=recipe, batch_size=batch_size, pad=train.pad, seed=seed, resume=resume,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("modprune: interrupted; the same command with --resume goes on", file=sys.stderr)
@@ -176,7 +178,7 @@ def evaluate(
     """Top-1, Top-5 and loss of a saved model on the test images."""
     import modprune
     from modprune.data import ImageLoader
-    from modprune.specs import build_model
+    from modprune.specs import build_model, load_data
 
     pruned = modprune.load(model, build_model(network) if network else None).to(pick_device(device))
     test = ImageLoader(load_data(data, data_dir, train=False), 100, device=pick_device(device))

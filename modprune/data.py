@@ -39,6 +39,11 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def pad(self) -> int:
+        """The usual padding of random crops: an eighth of the image, 4 for CIFAR."""
+        return self.images.shape[-1] // 8
+
     def subset(self, index: Tensor) -> ImageData:
         """The images at `index` ((M,) int64), in that order."""
         return replace(self, images=self.images[index], labels=self.labels[index])

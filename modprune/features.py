@@ -24,7 +24,7 @@ from modprune._inputs import (
     take,
     to_device,
 )
-from modprune.graph import inner_products
+from modprune.graph import check_finite, inner_products
 
 GIB = 2**30
 SLAB = 16384
@@ -40,6 +40,11 @@ class Slab(NamedTuple):
     layer: str
     start: int
     stop: int
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.stop - self.start
 
 
 def draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
@@ -97,21 +102,33 @@ class LayerGrams:
         """For each layer, in the given order, the (N, N) float32 inner products of the N flattened features.
 
         Raises:
-            ValueError: if a layer is not called once in a pass, or has no row of features for each sample.
+            ValueError: if a layer is not called once in a pass, or has no row of features for each sample, or features
+                hold NaN or infinity; names the layer.
         """
         samples = sum(len(labels) for _, labels in sample)
         with evaluating(self.model), torch.no_grad():
             columns = self._columns(sample)
+            passes = list(_passes(columns, samples, self.budget))
+            # Of the largest pass: one that grew from pass to pass would be there twice meanwhile.
+            self._reserve(samples * max(sum(slab.width for slab in slabs) for slabs in passes))
             gram: Tensor | None = None
-            for slabs in _passes(columns, samples, self.budget):
+            for slabs in passes:
                 features = self._collect(sample, slabs, columns, samples)
                 # All products of a pass in one go: two thread pools (numpy's and torch's) in turns slow both down.
                 products = [inner_products(features[slab]) for slab in slabs]
                 for slab, product in zip(slabs, products, strict=True):
                     gram = product if gram is None else gram.add_(product)
                     if slab.stop == columns[slab.layer]:
+                        check_finite(gram.diagonal(), where=f"layer {slab.layer}: ")
                         yield slab.layer, gram
                         gram = None
+
+    def _reserve(self, values: int) -> None:
+        """An arena of so many values at least, on the model's device."""
+        device = device_of(self.model)
+        if self._arena.numel() < values or self._arena.device != device:
+            self._arena = torch.empty(0)  # the old one goes before the new one comes
+            self._arena = torch.empty(values, device=device)
 
     def _columns(self, sample: Sample) -> dict[str, int]:
         """How many values a sample has in each layer, from a pass of one sample."""
@@ -124,11 +141,8 @@ class LayerGrams:
         self, sample: Sample, slabs: Sequence[Slab], columns: dict[str, int], samples: int
     ) -> dict[Slab, Tensor]:
         """One forward pass over the sample: for each slab its columns, (samples, width) float32, in the arena."""
-        widths = [slab.stop - slab.start for slab in slabs]
-        device = device_of(self.model)
-        if self._arena.numel() < samples * sum(widths) or self._arena.device != device:
-            self._arena = torch.empty(samples * sum(widths), device=device)
-        parts = self._arena[: samples * sum(widths)].split([samples * width for width in widths])
+        sizes = [samples * slab.width for slab in slabs]
+        parts = self._arena[: sum(sizes)].split(sizes)
         kept = {slab: part.view(samples, -1) for slab, part in zip(slabs, parts, strict=True)}
 
         def keep(layer: str, tensor: Tensor, row: int) -> None:
@@ -268,7 +282,7 @@ def _passes(columns: dict[str, int], samples: int, budget: int) -> Iterator[list
     batch: list[Slab] = []
     free = budget
     for slab in [Slab(layer, a, min(a + width, m)) for layer, m in columns.items() for a in range(0, m, width)]:
-        size = 4 * samples * (slab.stop - slab.start + samples)  # its features and its products
+        size = 4 * samples * (slab.width + samples)  # its features and its products
         if batch and size > free:
             yield batch
             batch, free = [], budget

@@ -101,7 +101,7 @@ def feature_graph_from_gram(gram: Tensor, k: int = 3) -> FeatureGraph:
     """
     check_k(k, len(gram))
     norms = gram.diagonal().clone().sqrt()
-    _check_finite(norms)
+    check_finite(norms)
     return _nearest(gram, _inverse(norms), k)
 
 
@@ -138,15 +138,16 @@ def _norms(rows: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(rows, dim=1)
     # An overflowing norm of finite values is no fault of theirs: those rows are looked at again.
     suspects = torch.nonzero(~norms.isfinite()).flatten()
-    _check_finite(rows[suspects].abs().amax(1) if len(suspects) else norms, suspects)
+    check_finite(rows[suspects].abs().amax(1) if len(suspects) else norms, suspects)
     return norms
 
 
-def _check_finite(values: Tensor, names: Tensor | None = None) -> None:
+def check_finite(values: Tensor, names: Tensor | None = None, where: str = "") -> None:
+    """Raises ValueError unless the one value of each sample is finite; names the first of `names` that is not."""
     bad = torch.nonzero(~values.isfinite()).flatten()
     if len(bad):
         sample = int(bad[0] if names is None or len(names) == 0 else names[bad[0]])
-        raise ValueError(f"the features of sample {sample} hold NaN or infinity: check the model and its inputs")
+        raise ValueError(f"{where}the features of sample {sample} hold NaN or infinity: check the model and its inputs")
 
 
 def _unsafe(rows: Tensor, norms: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Networks by a short text, as command lines and benchmarks name them."""
+"""Networks and data sets by a short text, as command lines and benchmarks name them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ import runpy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
+from modprune.data import ImageData, cifar10, cifar100, digits
 from modprune.models import MODELS
 
+T = TypeVar("T")
+
 FORMS = "torchvision:NAME, timm:NAME, transformers:NAME or path/to/file.py:function"
+DATA: dict[str, Callable[[Path, bool], ImageData]] = {
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "digits": lambda _, train: digits(train),
+}
 
 
-def build_model(spec: str) -> nn.Module:
+def build_model(spec: str, num_classes: int = 10) -> nn.Module:
     """The network that `spec` names, with fresh random weights.
 
     Args:
         spec: a built-in name (`resnet56`), `torchvision:NAME`, `timm:NAME`, `transformers:NAME` (a model type such as
             `vit`, a folder or a hub name: its config, for image classification where the type can) or
             `path/to/file.py:function`, which is run: give only files that you trust.
+        num_classes: of a built-in network; the others have their own.
 
     Raises:
         ValueError: if the spec names nothing or the library for it is missing; RuntimeError: if building fails. One
@@ -37,20 +46,61 @@ def build_model(spec: str) -> nn.Module:
         source, _, name = spec.rpartition(":")  # a path may have a colon itself
     if not source:
         if name in MODELS:
-            return MODELS[name]()
+            return MODELS[name](num_classes=num_classes)
         raise ValueError(f"model {spec!r} is unknown: give one of {', '.join(MODELS)}, or {FORMS}")
     build = _LIBRARIES.get(source) or (_from_file(Path(source)) if source.endswith(".py") else None)
     if build is None or not name:
         raise ValueError(f"model {spec!r} is no {FORMS}")
+    return _made(f"model {spec!r}", nn.Module, build, name)
+
+
+def load_data(spec: str, folder: str | Path, train: bool) -> ImageData:
+    """The images of the data set that `spec` names.
+
+    Args:
+        spec: `cifar10`, `cifar100`, `digits`, or `path/to/file.py:function`, which is run and its function called with
+            `train`, for an `ImageData`: give only files that you trust.
+        folder: where CIFAR lies.
+        train: the training images, or those for testing.
+
+    Raises:
+        ValueError: if the spec names nothing; RuntimeError: if the function fails; OSError: for CIFAR that is not
+            there. One line each.
+
+    >>> load_data("digits", "", train=False).images.shape
+    torch.Size([360, 3, 8, 8])
+    """
+    if spec in DATA:
+        return DATA[spec](Path(folder), train)
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not name:
+        raise ValueError(f"data {spec!r} is unknown: give one of {', '.join(DATA)}, or path/to/file.py:function")
+    return _made(f"data {spec!r}", ImageData, _from_file(Path(path)), name, train)
+
+
+def data_shape(spec: str) -> tuple[int, tuple[int, ...]]:
+    """How many classes a data set has, and the shape (C, H, W) of its images; CIFAR need not be there for that.
+
+    Raises:
+        ValueError, RuntimeError: as `load_data`.
+    """
+    if spec in ("cifar10", "cifar100"):
+        return int(spec.removeprefix("cifar")), (3, 32, 32)
+    data = load_data(spec, "", train=True)
+    return data.num_classes, tuple(data.images.shape[1:])
+
+
+def _made(what: str, kind: type[T], make: Callable[..., Any], *arguments: Any) -> T:
+    """What somebody else's code gives, with its errors on one line."""
     try:
-        model = build(name)
+        made = make(*arguments)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"model {spec!r}: {_line(error)}") from None
+        raise ValueError(f"{what}: {_line(error)}") from None
     except Exception as error:
-        raise RuntimeError(f"model {spec!r} cannot be built: {type(error).__name__}: {_line(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model {spec!r} gives {type(model).__name__}, not a torch.nn.Module")
-    return model
+        raise RuntimeError(f"{what} cannot be built: {type(error).__name__}: {_line(error)}") from error
+    if not isinstance(made, kind):
+        raise ValueError(f"{what} gives {type(made).__name__}, not {kind.__name__}")
+    return made
 
 
 def _from_torchvision(name: str) -> Any:
@@ -89,14 +139,14 @@ def _from_transformers(name: str) -> Any:
     raise ValueError(f"{type(config).__name__} has no model that stands alone")
 
 
-def _from_file(path: Path) -> Callable[[str], Any]:
-    def build(name: str) -> Any:
+def _from_file(path: Path) -> Callable[..., Any]:
+    def build(name: str, *arguments: Any) -> Any:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
         function = runpy.run_path(str(path)).get(name)
         if not callable(function):
             raise ValueError(f"{path} has no function {name!r}")
-        return function()
+        return function(*arguments)
 
     return build
 

@@ -100,6 +100,7 @@ def test_criteria_are_those_of_the_library():
     [
         (["blocks", "--model", "resnet57"], 2, "'resnet57' is unknown: give one of resnet20"),
         (["plan", "--model", "resnet20", "--weights", "w", "--flops", "1.5"], 2, "1.5 is no fraction"),
+        (["curve", "--model", "resnet20", "--weights", "w", "--data", "x"], 2, "'x' is unknown: give one of cifar10"),
         (["plan", "--model", "resnet20", "--weights", "w"], 2, "say how much to remove"),
         (["plan", "--model", "resnet20", "--weights", "w", "--criterion", "q"], 2, "'q' is unknown: give one of modul"),
         (["plan", "--model", "resnet20", "--weights", "w", "--flops", "0.5"], 1, "modprune: w: no such file"),
@@ -191,6 +192,22 @@ def test_a_study_writes_numbers_pictures_and_text(name, weights, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
     assert json.loads((tmp_path / "study.json").read_text())["study"] == name
     assert (tmp_path / "study.md").read_text().split("\n\n")[1] in done.output
+
+
+def test_curves_of_several_data_sets(weights, tmp_path):
+    (tmp_path / "odd.py").write_text(
+        "from modprune.data import digits\n"
+        "def odd(train):\n    data = digits(train)\n    return data.subset(data.labels % 2 == 1)"
+    )
+    shared = ["study", "curves", *["--model", "resnet20", "--weights", weights] * 2, "--samples", 60, "--repeats", 1]
+    done = in_process(*shared, "--data", "digits", "--data", f"{tmp_path}/odd.py:odd", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "out" / "study.json").read_text())["networks"]
+    assert [row["network"] for row in rows] == ["resnet20, digits", "resnet20, odd.py:odd"]
+    assert rows[0]["q"] != rows[1]["q"]
+    done = in_process(*shared, *["--data", "digits"] * 3, "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "2 --model and 3 --data: give one for all, or one for each" in done.output
 
 
 def test_attacks_need_images_that_the_network_gets_right(weights, tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from modprune._options import DATA_NAMES
+from modprune.data import digits
 from modprune.models import CifarResNet
-from modprune.specs import build_model
+from modprune.specs import DATA, build_model, data_shape, load_data
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_a_function_in_a_file(tmp_path):
         ("timm:", ValueError, "is no torchvision:NAME"),
         ("gone.py:make", ValueError, r"gone\.py: no such file"),
         ("{here}/m.py:gone", ValueError, r"m\.py has no function 'gone'"),
-        ("{here}/m.py:number", ValueError, r"gives int, not a torch\.nn\.Module"),
+        ("{here}/m.py:number", ValueError, r"gives int, not Module"),
         ("{here}/m.py:broken", RuntimeError, "cannot be built: ZeroDivisionError: division by zero"),
         ("{here}/bad.py:f", ValueError, "No module named 'no_such_library'"),
     ],
@@ -53,6 +55,52 @@ def test_what_names_nothing_is_one_line(tmp_path, spec, error, message):
     (tmp_path / "bad.py").write_text("import no_such_library\n")
     with pytest.raises(error, match=message) as caught:
         build_model(spec.format(here=tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+DATA_FILE = """
+from dataclasses import replace
+from modprune._options import DATA_NAMES
+from modprune.data import digits
+
+def three(train):
+    data = digits(train)
+    return replace(data.subset(data.labels < 3), num_classes=3)
+
+def text(train): return "images"
+def broken(train): return {}["images"]
+"""
+
+
+def test_a_data_set_from_a_file(tmp_path):
+    (tmp_path / "d.py").write_text(DATA_FILE)
+    for train in (True, False):
+        data = load_data(f"{tmp_path}/d.py:three", "", train)
+        assert len(data) == int((digits(train).labels < 3).sum())
+    assert data_shape(f"{tmp_path}/d.py:three") == (3, (3, 8, 8))
+    assert build_model("resnet20", num_classes=3).linear.out_features == 3
+
+
+def test_shapes_that_need_no_files_are_those_of_the_data(cifar10_dir):
+    data = load_data("cifar10", cifar10_dir, train=False)
+    assert data_shape("cifar10") == (data.num_classes, data.images.shape[1:])
+    assert data_shape("cifar100") == (100, (3, 32, 32))
+    assert tuple(DATA) == DATA_NAMES
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("cifar11", ValueError, "data 'cifar11' is unknown: give one of cifar10, cifar100, digits, or path/to/file.py"),
+        ("{here}/d.py:gone", ValueError, r"d\.py has no function 'gone'"),
+        ("{here}/d.py:text", ValueError, r"gives str, not ImageData"),
+        ("{here}/d.py:broken", RuntimeError, "cannot be built: KeyError: 'images'"),
+    ],
+)
+def test_data_that_is_none_is_one_line(tmp_path, spec, error, message):
+    (tmp_path / "d.py").write_text(DATA_FILE)
+    with pytest.raises(error, match=message) as caught:
+        load_data(spec.format(here=tmp_path), "", train=True)
     assert "\n" not in str(caught.value)
 
 

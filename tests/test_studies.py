@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -11,9 +13,9 @@ import torch
 from torch import nn
 
 from modprune import finetune, modularity_curve, studies
-from modprune._options import load_data
 from modprune._studies_cli import ATTACK_NAMES
 from modprune.data import ImageLoader, digits
+from modprune.graph import feature_graph
 from modprune.models import resnet20
 from modprune.studies import CurveRecorder, Parts
 from modprune.studies.adversarial import ATTACKS
@@ -33,7 +35,7 @@ def network() -> nn.Module:
 
 
 def train() -> ImageLoader:
-    return ImageLoader(load_data("digits", "none", train=True), 64, pad=1, shuffle=True)
+    return ImageLoader(digits(train=True), 64, pad=1, shuffle=True)
 
 
 def calibration() -> ImageLoader:
@@ -42,6 +44,16 @@ def calibration() -> ImageLoader:
 
 def held_out() -> ImageLoader:
     return ImageLoader(digits(train=False), 100)
+
+
+def features(network: nn.Module, layer: str) -> torch.Tensor:
+    """(100, columns): what a layer gives for the first calibration images."""
+    seen: list[torch.Tensor] = []
+    hook = network.get_submodule(layer).register_forward_hook(lambda _, __, out: seen.append(out.flatten(1)))
+    with torch.no_grad():
+        network.eval()(next(iter(calibration()))[0])
+    hook.remove()
+    return seen[0]
 
 
 def written(study: studies.Study, out) -> dict:
@@ -92,15 +104,7 @@ def test_difference_and_cka(network, tmp_path):
     assert np.allclose(d, abs(q[:, None] - q))
     assert np.allclose(cka, cka.T, atol=1e-6)
     # CKA after its definition, from the features themselves.
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        network.get_submodule(n).register_forward_hook(lambda _, __, out, n=n: seen.__setitem__(n, out.flatten(1)))
-        for n in ("conv1", "layer1.0")
-    ]
-    with torch.no_grad():
-        network.eval()(next(iter(calibration()))[0])
-    [hook.remove() for hook in hooks]
-    x, y = (f.double() - f.double().mean(0) for f in seen.values())
+    x, y = (f - f.mean(0) for f in (features(network, name).double() for name in ("conv1", "layer1.0")))
     expected = (y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
     assert cka[0, 3] == pytest.approx(float(expected), abs=1e-4)
 
@@ -111,11 +115,21 @@ def test_separation_places_every_image_and_sees_clusters(network, tmp_path):
     assert all(np.array(row["at"]).shape == (100, 2) for row in numbers["layers"])
     expected = modularity_curve(network, calibration(), samples=100, repeats=1).mean
     assert np.allclose([row["q"] for row in numbers["layers"]], expected, atol=1e-6)
+    first = numbers["layers"][0]
+    linked = feature_graph(features(network, "conv1"), 3).neighbours
+    pairs = {frozenset((i, j)) for i, row in enumerate(linked.tolist()) for j in row}
+    assert sorted(map(sorted, pairs)) == first["edges"]
     noise = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     clusters = torch.eye(3).repeat_interleave(20, 0) + 0.1 * noise
     at = _embedded(clusters @ clusters.T, seed=0)
     assert _silhouette(at, torch.arange(60) // 20) > 0.7
     assert at == _embedded(4 * clusters @ clusters.T, seed=0)
+
+
+def test_a_missing_extra_is_named_before_the_work(network, monkeypatch):
+    monkeypatch.setitem(sys.modules, "networkx", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs networkx: pip install 'modprune\[studies\]'"):
+        studies.separation(network, None)
 
 
 def test_training_records_every_epoch_and_goes_on(tmp_path):
@@ -225,15 +239,18 @@ def test_a_study_without_labels_says_so(network):
             study(network, unlabelled)
 
 
-def test_q_of_a_study_is_that_of_networkx(network):
-    from modprune.graph import feature_graph
+@pytest.mark.parametrize("study", [studies.ablation, studies.difference, studies.separation, studies.curves])
+def test_features_that_are_no_numbers_name_the_layer(network, study):
+    broken = copy.deepcopy(network)
+    broken.layer2[1].bn2.bias.data[0] = torch.nan
+    given = ({"a": (broken, calibration())},) if study is studies.curves else (broken, calibration())
+    size = {"sizes": (50,)} if study is studies.ablation else {"samples": 50}
+    with pytest.raises(ValueError, match=r"^layer layer2\.1(\.bn2)?: the features of sample 0 hold NaN"):
+        study(*given, **size)
 
-    images, labels, _ = next(iter(calibration()))
-    seen = []
-    hook = network.layer3.register_forward_hook(lambda _, __, out: seen.append(out.flatten(1)))
-    with torch.no_grad():
-        network.eval()(images)
-    hook.remove()
-    expected = networkx_q(feature_graph(seen[0], 3), labels)
+
+def test_q_of_a_study_is_that_of_networkx(network):
+    labels = next(iter(calibration()))[1]
+    expected = networkx_q(feature_graph(features(network, "layer3"), 3), labels)
     numbers = studies.difference(network, calibration(), samples=100).numbers
     assert numbers["q"][-1] == pytest.approx(expected, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Do the classes part as Q rises? t-SNE of every layer beside its Q. Lu et al. (ECCV 2022).
+"""Do the classes part as Q rises? t-SNE and feature graph of every layer beside its Q. Lu et al. (ECCV 2022).
 
 Van der Maaten and Hinton, "Visualizing Data using t-SNE" (2008), by scikit-learn.
 """
@@ -17,9 +17,9 @@ from modprune._inputs import first_sample
 from modprune.curve import check_classes
 from modprune.features import GIB, LayerGrams
 from modprune.features import draw as draw_samples
-from modprune.graph import feature_graph_from_gram, graph_modularity
+from modprune.graph import FeatureGraph, feature_graph_from_gram, graph_modularity
 from modprune.studies.layers import layers_of
-from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, style
+from modprune.studies.study import INKS, MARKERS, Parts, Study, extra, panels, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,9 @@ def separation(
 
     Raises:
         ValueError: as `modularity_curve`.
+        ModuleNotFoundError: without networkx; names the extra to install.
     """
+    extra("networkx")  # better told now than after the long part
     parts = parts or Parts()
     layers = layers_of(model, first_sample(loader))
     sample = next(draw_samples(loader, samples, 1))
@@ -56,8 +58,14 @@ def separation(
     rows = []
     for layer, gram in tqdm(LayerGrams(model, layers, budget)(sample), "t-SNE", len(layers), leave=False):
         at = parts(layer, _embedded, gram, seed)
-        q = graph_modularity(feature_graph_from_gram(gram, k), labels)
-        rows.append({"layer": layer, "q": q, "silhouette": _silhouette(at, labels), "at": at})
+        graph = feature_graph_from_gram(gram, k)
+        rows.append({
+            "layer": layer,
+            "q": graph_modularity(graph, labels),
+            "silhouette": _silhouette(at, labels),
+            "at": at,
+            "edges": _edges(graph),
+        })  # fmt: skip
     numbers = {"k": k, "samples": samples, "seed": seed, "labels": labels.tolist(), "layers": rows}
     return Study("separation", numbers, draw(numbers), tell(numbers))
 
@@ -82,6 +90,14 @@ def _embedded(gram: Tensor, seed: int) -> list[list[float]]:
     return at
 
 
+def _edges(graph: FeatureGraph) -> list[list[int]]:
+    """Pairs of samples with an edge between them, each once."""
+    rows = torch.arange(len(graph.weights))[:, None].expand_as(graph.neighbours)
+    pairs = torch.stack([rows, graph.neighbours.cpu()], -1)[graph.weights.cpu() > 0]
+    edges: list[list[int]] = pairs.sort(1).values.unique(dim=0).tolist()
+    return edges
+
+
 def _silhouette(at: list[list[float]], labels: Tensor) -> float:
     """How far the classes lie apart in the picture, from -1 to 1 (Rousseeuw 1987)."""
     from sklearn.metrics import silhouette_score
@@ -90,12 +106,14 @@ def _silhouette(at: list[list[float]], labels: Tensor) -> float:
 
 
 def draw(numbers: Mapping[str, Any]) -> Figure:
-    """A panel for each layer, classes by colour and marker; the last shows Q along the layers."""
+    """A panel for each layer: its feature graph, classes by colour and marker; the last shows Q along the layers."""
+    networkx = extra("networkx")
     rows, labels = numbers["layers"], np.array(numbers["labels"])
     with style():
         figure, axes = panels(len(rows) + 1, 4, 1.7)
         for ax, row in zip(axes, rows, strict=False):
-            at = np.array(row["at"])
+            at, graph = np.array(row["at"]), networkx.Graph(row["edges"])
+            networkx.draw_networkx_edges(graph, at, ax=ax, width=0.25, edge_color="0.75")
             for n, label in enumerate(np.unique(labels)):
                 mine = at[labels == label]
                 ink, marker = f"C{n % 10}", MARKERS[n % len(MARKERS)]
@@ -113,7 +131,8 @@ def tell(numbers: Mapping[str, Any]) -> str:
     rows = numbers["layers"]
     q, apart = ([row[name] for row in rows] for name in ("q", "silhouette"))
     text = (
-        f"t-SNE of {numbers['samples']} images at {len(rows)} points, from the same cosines as the feature graph. "
+        f"t-SNE of {numbers['samples']} images at {len(rows)} points, from the same cosines as the feature graph, "
+        f"whose edges (k = {numbers['k']}) are drawn beneath. "
         f"Q goes from {q[0]:.3f} at {rows[0]['layer']} to {q[-1]:.3f} at {rows[-1]['layer']}; the silhouette of the "
         f"classes in the picture from {apart[0]:.3f} to {apart[-1]:.3f}."
     )

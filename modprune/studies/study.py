@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,18 @@ def panels(count: int, columns: int, height: float, **options: Any) -> tuple[Fig
     for spare in axes[count:]:
         spare.set_axis_off()
     return figure, axes[:count]
+
+
+def extra(module: str) -> Any:
+    """A module of the extra `studies`.
+
+    Raises:
+        ModuleNotFoundError: where it is not installed; says how to.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"this study needs {error.name}: pip install 'modprune[studies]'") from None
 
 
 def rank_correlation(rows: Sequence[Any]) -> np.ndarray:

@@ -264,20 +264,31 @@ def identity_path(end: Edge, start: Edge, without: Collection[Any] = ()) -> str:
 
 def _makings(end: Any, start: Edge) -> dict[Any, tuple[bool, bool]]:
     """For each node from `end` back to `start`: whether it is made from parameters, and whether from `start`'s node."""
-    found: dict[Any, tuple[bool, bool]] = {}
-    stack = [end]
+    used_by: dict[Any, list[Any]] = {}
+    seen, stack = {end}, [end]
     while stack:
-        node = stack[-1]
-        inputs = [following for following in node.next_functions if following[0] is not None]
-        waiting = [other for other, output in inputs if (other, output) != start and other not in found]
-        if node not in found and waiting:
-            stack += waiting
-            continue
-        stack.pop()
-        made = [(False, True) if following == start else found[following[0]] for following in inputs]
-        learned = hasattr(node, "variable") or any(learned for learned, _ in made)
-        found[node] = learned, node is start[0] or any(from_start for _, from_start in made)
-    return found
+        node = stack.pop()
+        for following in node.next_functions:
+            if following[0] is None:
+                continue
+            # By another output than `start` one gets to what its node is made from.
+            used_by.setdefault(following if following == start else following[0], []).append(node)
+            if following != start and following[0] not in seen:
+                seen.add(following[0])
+                stack.append(following[0])
+    learned = _reached([node for node in seen if hasattr(node, "variable")], used_by)
+    from_start = _reached([start, start[0]], used_by)
+    return {node: (node in learned, node in from_start) for node in seen}
+
+
+def _reached(begin: list[Any], following: dict[Any, list[Any]]) -> set[Any]:
+    """The nodes at which one arrives from those given."""
+    seen, stack = set(begin), begin
+    while stack:
+        new = [node for node in following.get(stack.pop(), ()) if node not in seen]
+        seen.update(new)
+        stack += new
+    return seen
 
 
 def _unscaled(node: Any) -> tuple[int, ...]:

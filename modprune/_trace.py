@@ -89,7 +89,7 @@ class _Shallow(fx.Tracer):
 def _graphs(block: nn.Module) -> Iterator[fx.Graph]:
     """The block traced with its sub-modules as they are, then, where it can be, down to torch's own layers."""
     problems = []
-    for tracer in (_Shallow(), fx.Tracer()):
+    for tracer in (_Shallow(autowrap_modules=()), fx.Tracer()):  # to wrap `math` takes as long as the trace
         try:
             graph = tracer.trace(block)
         except Exception as error:

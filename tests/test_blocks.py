@@ -11,37 +11,21 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from benchmarks.zoo import ZOO
 from modprune.blocks import find_blocks
 from modprune.cost import count_params
 from modprune.models import resnet20, resnet56
 
-# (identity, transition, plain), counted by hand. He et al. 2016, table 1; Radosavovic et al. 2020 (every stage begins
-# with a transition); Sandler et al. 2018, table 2, Howard et al. 2019, table 2, Tan and Le 2019, table 1 (repeats with
-# stride 1 and equal width); Liu et al. 2022 and 2021 (3 + 3 + 9 + 3, 2 + 2 + 6 + 2); Dosovitskiy et al. 2021 (12
-# layers); Simonyan and Zisserman 2015, table 1 (3x3 convolutions of equal width); Huang et al. 2017 has none.
-EXPECTED = {
-    "resnet18": (5, 3, 0),
-    "resnet50": (12, 4, 0),
-    "resnext50_32x4d": (12, 4, 0),
-    "regnet_x_400mf": (18, 4, 0),
-    "mobilenet_v2": (10, 0, 0),
-    "mobilenet_v3_small": (6, 0, 0),
-    "efficientnet_b0": (9, 0, 0),
-    "convnext_tiny": (18, 0, 0),
-    "swin_v2_t": (12, 0, 0),
-    "vgg11_bn": (0, 0, 4),
-    "densenet121": (0, 0, 0),
-    "googlenet": (0, 0, 0),
-    "alexnet": (0, 0, 0),
-}
+# Of the other half of the zoo, see test_zoo.
+LARGER = ("resnet50", "efficientnet_b0", "convnext_tiny", "swin_v2_t", "vgg11_bn")
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", LARGER)
 def test_counts_of_torchvision_networks(name):
-    settings = {"init_weights": False} if name in ("googlenet", "vgg11_bn") else {}
-    blocks = find_blocks(getattr(torchvision.models, name)(**settings), torch.randn(1, 3, 64, 64))
+    entry = next(entry for entry in ZOO if entry.name == f"torchvision:{name}")
+    blocks = find_blocks(*entry.build())
     kinds = Counter(block.kind for block in blocks)
-    assert (kinds["identity"], kinds["transition"], kinds["plain"]) == EXPECTED[name]
+    assert (kinds["identity"], kinds["transition"], kinds["plain"]) == entry.expected
     assert all(block.exact for block in blocks if block.kind == "identity")
     assert not blocks.refused
 

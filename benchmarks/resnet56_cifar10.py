@@ -28,6 +28,7 @@ from modprune.data import ImageData, ImageLoader, cifar10
 from modprune.finetune import Recipe, warmup_cosine
 from modprune.job import prune_job
 from modprune.models import resnet56
+from modprune.tracking import read_metrics
 
 FLOPS, PARAMS, SEED, BATCH, PAD = 0.60, 0.425, 0, 128, 4
 
@@ -45,7 +46,7 @@ def main(data_dir: Path, weights: Path, out: Path, epochs: int, now: bool) -> No
     else:
         resume = bool(states(out / "checkpoints"))
         report = prune_job(network, train, test, out, recipe=recipe, resume=resume, **options)
-        history = json.loads((out / "history.json").read_text())
+        history = [asdict(epoch) for epoch in read_metrics(out / "metrics.csv")]
     print(report)
     plan = PruningPlan.from_json(out / "plan.json")
     result = {

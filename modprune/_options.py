@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,7 +84,7 @@ Criterion = Annotated[
     typer.Option(help=f"What scores the blocks: {', '.join(CRITERION_NAMES)}.", callback=_one_of(CRITERION_NAMES)),
 ]
 Seed = Annotated[int, typer.Option(help="Of calibration images, their order and augmentation.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file as well.")]
 K = Annotated[int, typer.Option(min=1, help="Neighbours of each sample in the feature graph.")]
 Samples = Annotated[int, typer.Option(min=2, help="Images a repeat.")]
@@ -104,7 +105,7 @@ def pick_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

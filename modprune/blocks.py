@@ -92,7 +92,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, with batch dimension.
 
     Raises:
-        ValueError: if the model is compiled or wrapped for several devices.
+        ValueError: if the model is compiled, or wrapped or sharded for several devices.
         RuntimeError: if the model cannot run on `example_inputs`; one line.
 
     >>> from modprune.models import resnet20
@@ -119,6 +119,11 @@ def check_bare(model: nn.Module) -> None:
     """ValueError if blocks cannot be seen or replaced safely because the model is wrapped or compiled."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(f"the model is wrapped in {type(model).__name__}: pass model.module, then wrap it anew")
+    # Version 1 wraps modules, version 2 puts DTensors in the place of parameters. To import either takes a second.
+    if any(hasattr(m, "_fsdp_wrapped_module") for m in model.modules()) or any(
+        hasattr(p, "device_mesh") for p in model.parameters()
+    ):
+        raise ValueError("the model is sharded over devices (FSDP): remove blocks before, then shard what is left")
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError("the model is compiled: pass the module as it was before, then compile it anew")
 

@@ -142,12 +142,16 @@ def prune(
     lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 0.1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
     seed: Seed = 0, device: Device = "auto",
+    log_with: Annotated[list[str], typer.Option(help="Trackers of accelerate: tensorboard, wandb, ...; repeatable.")]
+    = [],  # noqa: B006 (typer reads it, nobody changes it)
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
 ) -> None:  # fmt: skip
     """The whole job: measure, plan, remove, fine-tune with the unpruned network as teacher, report.
 
-    Writes plan.json, curve.json and curve.png (of modularity), model.safetensors, report.json and report.md to --out.
+    Writes run.json, plan.json, curve.json and curve.png (of modularity), metrics.csv, model.safetensors, report.json
+    and report.md to --out. Started by torchrun or accelerate launch, the processes share the work.
     """
+    from modprune._processes import place
     from modprune.finetune import Recipe
     from modprune.job import prune_job
     from modprune.specs import load_data
@@ -159,13 +163,15 @@ def prune(
     try:
         report = prune_job(
             network, train, test, out, flops=flops, params=params, blocks=count, latency=latency, width=width,
-            criterion=criterion, recipe=recipe, batch_size=batch_size, pad=train.pad, seed=seed, resume=resume,
+            criterion=criterion, recipe=recipe, batch_size=batch_size, pad=train.pad, seed=seed,
+            log_with=log_with, resume=resume,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("modprune: interrupted; the same command with --resume goes on", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(report)
-    print(f"Written to {out}")
+    if place()[0] == 0:
+        print(report)
+        print(f"Written to {out}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modprune._files import write_text
 from modprune._inputs import call, device_of, evaluating, first_sample, to_device
 from modprune.blocks import Blocks, find_blocks
-from modprune.features import GIB, LayerGrams, Sample, draw
+from modprune.features import GIB, LayerGrams, Sample, draw, labels_of
 from modprune.graph import WHOLE, check_k, feature_graph_from_gram, graph_modularity
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _first_layer(model: nn.Module, example_inputs: Any) -> str:
 
 def q_of(grams: LayerGrams, sample: Sample, k: int) -> list[float]:
     """Q of every layer of `grams` on one sample."""
-    labels = torch.cat([labels for _, labels in sample])
+    labels = labels_of(sample)
     check_classes(labels)
     return [graph_modularity(feature_graph_from_gram(gram, k), labels) for _, gram in grams(sample)]
 

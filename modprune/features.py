@@ -18,12 +18,14 @@ from modprune._inputs import (
     call,
     device_of,
     evaluating,
+    first_sample,
     first_tensor,
     join,
     split_batch,
     take,
     to_device,
 )
+from modprune._processes import everyones, exchange, place
 from modprune.graph import check_finite, inner_products
 
 GIB = 2**30
@@ -52,9 +54,41 @@ def draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
 
     Where it holds fewer than samples x repeats, the rest are random subsets of all it holds, the same in every run.
 
+    Of several processes each draws its share of them: from its own loader, or where all have the same one (its first
+    sample tells), as if there were one process.
+
     Raises:
         ValueError: if the loader holds fewer than `samples`, or gives no labels.
     """
+    rank, processes = place()
+    if processes == 1:
+        return _draw(loader, samples, repeats)
+    if samples < processes:
+        raise ValueError(f"samples={samples} for {processes} processes: at least one for each is needed")
+    first = first_tensor(first_sample(loader))
+    if len(set(everyones(None if first is None else first.cpu().numpy().tobytes()))) > 1:
+        return _draw(loader, samples // processes + (rank < samples % processes), repeats)
+    share = slice(rank * samples // processes, (rank + 1) * samples // processes)
+    return (_part(sample, share) for sample in _draw(loader, samples, repeats))
+
+
+def labels_of(sample: Sample) -> Tensor:
+    """(N,): the labels of a sample, from all processes."""
+    labels = torch.cat([labels for _, labels in sample])
+    return torch.cat([part.to(labels.device) for part in everyones(labels)])
+
+
+def _part(sample: Sample, part: slice) -> Sample:
+    pieces, start = [], 0
+    for inputs, labels in sample:
+        a, b = (min(max(bound - start, 0), len(labels)) for bound in (part.start, part.stop))
+        if a < b:
+            pieces.append((take(inputs, a, b), labels[a:b]))
+        start += len(labels)
+    return pieces
+
+
+def _draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
     drawn = 0
     for sample in _consecutive(loader, samples):
         if drawn == repeats:
@@ -101,11 +135,14 @@ class LayerGrams:
     def __call__(self, sample: Sample) -> Iterator[tuple[str, Tensor]]:
         """For each layer, in the given order, the (N, N) float32 inner products of the N flattened features.
 
+        Of several processes each forwards its share of the N samples; the features are those of all.
+
         Raises:
             ValueError: if a layer is not called once in a pass, or has no row of features for each sample, or features
                 hold NaN or infinity; names the layer.
         """
-        samples = sum(len(labels) for _, labels in sample)
+        counts = everyones(sum(len(labels) for _, labels in sample))
+        samples = sum(counts)
         with evaluating(self.model), torch.no_grad():
             columns = self._columns(sample)
             passes = list(_passes(columns, samples, self.budget))
@@ -113,7 +150,7 @@ class LayerGrams:
             self._reserve(samples * max(sum(slab.width for slab in slabs) for slabs in passes))
             gram: Tensor | None = None
             for slabs in passes:
-                features = self._collect(sample, slabs, columns, samples)
+                features = self._collect(sample, slabs, columns, counts)
                 # All products of a pass in one go: two thread pools (numpy's and torch's) in turns slow both down.
                 products = [inner_products(features[slab]) for slab in slabs]
                 for slab, product in zip(slabs, products, strict=True):
@@ -138,9 +175,10 @@ class LayerGrams:
         return {layer: columns[layer] for layer in self.layers}
 
     def _collect(
-        self, sample: Sample, slabs: Sequence[Slab], columns: dict[str, int], samples: int
+        self, sample: Sample, slabs: Sequence[Slab], columns: dict[str, int], counts: Sequence[int]
     ) -> dict[Slab, Tensor]:
         """One forward pass over the sample: for each slab its columns, (samples, width) float32, in the arena."""
+        samples, first = sum(counts), sum(counts[: place()[0]])
         sizes = [samples * slab.width for slab in slabs]
         parts = self._arena[: sum(sizes)].split(sizes)
         kept = {slab: part.view(samples, -1) for slab, part in zip(slabs, parts, strict=True)}
@@ -154,9 +192,11 @@ class LayerGrams:
                 )
             for slab, features in kept.items():
                 if slab.layer == layer:
-                    features[row : row + len(flat)] = flat[:, slab.start : slab.stop]
+                    features[first + row : first + row + len(flat)] = flat[:, slab.start : slab.stop]
 
         visit(self.model, dict.fromkeys(slab.layer for slab in slabs), sample, keep)
+        for features in kept.values():
+            exchange(features, counts)
         return kept
 
 

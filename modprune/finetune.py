@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from modprune._inputs import call, device_of, split_batch, to_device
-from modprune.checkpoints import check_empty, load_newest, save_state
+from modprune.checkpoints import check_empty, load_newest, save_state, states
 from modprune.data import set_epoch
 from modprune.distill import CachedTeacher, Teacher, distillation_loss, logits_of, teaching
 from modprune.evaluate import evaluate
@@ -79,6 +79,7 @@ def finetune(
     teacher: nn.Module | Teacher | None = None,
     checkpoints: str | Path | None = None,
     resume: bool = False,
+    halvings: int = 0,
     progress: bool = True,
     after_epoch: Callable[[Epoch], object] | None = None,
     **recipe: float,
@@ -97,6 +98,8 @@ def finetune(
         checkpoints: a folder for the state after each epoch; only the newest is kept.
         resume: go on from the newest state in `checkpoints`, to the result of an uninterrupted run. With another
             number of epochs, the rate goes on along the cosine of that number.
+        halvings: how often to go back to the newest state, with half the rate, if the loss stops being finite; needs
+            `checkpoints`.
         progress: show a bar.
         after_epoch: called with what each epoch measured, before its state is written.
         recipe: the fields of `Recipe`: epochs, lr, momentum, weight_decay, warmup, distill, temperature.
@@ -104,27 +107,42 @@ def finetune(
     Raises:
         ValueError: for arguments out of range, or a folder with states of an unfinished run without
             `resume`, or of one with another recipe.
-        RuntimeError: if the loss stops being finite; names epoch and step. Earlier checkpoints stay.
+        RuntimeError: if the loss stops being finite (more than `halvings` times); names epoch and step. The newest
+            state stays, and the model keeps what broke it.
     """
     constants = Recipe(**recipe)  # type: ignore[arg-type]
-    if resume and checkpoints is None:
-        raise ValueError("resume=True needs checkpoints=FOLDER: the folder that the run to go on with wrote to")
+    if (resume or halvings) and checkpoints is None:
+        name = "resume=True" if resume else f"halvings={halvings}"
+        raise ValueError(f"{name} needs checkpoints=FOLDER: the folder that states are written to")
     if checkpoints is not None and not resume:
         check_empty(Path(checkpoints))
     run = _Run(model, train_loader, teacher, constants)
     with _training(model, run.accelerator), teaching(teacher) as teach:
         run.prepare()
-        if resume:
-            load_newest(run.accelerator, Path(str(checkpoints)))
-        for epoch in range(len(run.history), constants.epochs):
-            loss, speed = run.epoch(epoch, teach, progress)
+        folder = None if checkpoints is None else Path(checkpoints)
+        if folder is not None and resume:
+            load_newest(run.accelerator, folder)
+        if folder is not None and halvings and not states(folder):
+            save_state(run.accelerator, folder, 0)  # for the first epoch to go back to
+        while (epoch := len(run.history)) < constants.epochs:
+            try:
+                loss, speed = run.epoch(epoch, teach, progress)
+            except Diverged:
+                if folder is None or run.halved == halvings:
+                    raise
+                run.go_back(folder)
+                continue
             top1 = evaluate(model, val_loader).top1 if val_loader is not None else None
             run.history.append(Epoch(epoch + 1, loss, float(run.schedule.get_last_lr()[0]), speed, top1))
             if after_epoch is not None:
                 after_epoch(run.history[-1])
-            if checkpoints is not None:
-                save_state(run.accelerator, Path(checkpoints), epoch + 1)
+            if folder is not None:
+                save_state(run.accelerator, folder, epoch + 1)
     return run.history
+
+
+class Diverged(RuntimeError):
+    """The loss is no finite number."""
 
 
 class _Run:
@@ -133,6 +151,7 @@ class _Run:
     def __init__(self, model: nn.Module, loader: Iterable[Any], teacher: object, recipe: Recipe) -> None:
         self.model, self.recipe, self.device = model, recipe, device_of(model)
         self.history: list[Epoch] = []
+        self.halved = 0
         self.distill = recipe.distill if teacher is not None else 0.0
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         # Somebody else's Accelerator in this process has settled the precision; ours has to follow it.
@@ -145,11 +164,21 @@ class _Run:
             nesterov=recipe.momentum > 0,
         )  # fmt: skip
         warm, total = recipe.warmup * self.steps, recipe.epochs * self.steps
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: warmup_cosine(step, warm, total))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: 0.5**self.halved * warmup_cosine(step, warm, total)
+        )
 
     def prepare(self) -> None:
         self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.accelerator.register_for_checkpointing(self.schedule, self)
+
+    def go_back(self, folder: Path) -> None:
+        """To the newest state, with half the rate."""
+        halved = self.halved + 1
+        load_newest(self.accelerator, folder)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= 0.5 ** (halved - self.halved)
+        self.halved = halved
 
     def epoch(self, epoch: int, teach: Teacher | None, progress: bool) -> tuple[float, float]:
         """One pass over the data: mean loss, and images per second over all processes."""
@@ -158,7 +187,7 @@ class _Run:
         title = f"epoch {epoch + 1}/{self.recipe.epochs}"
         quiet = not (progress and self.accelerator.is_main_process)
         bar = tqdm(self.loader, title, self.steps, leave=False, disable=quiet)
-        losses, seen, started = _Losses(title, bar), 0, time.perf_counter()
+        losses, seen, started = _Losses(title, bar, self.accelerator), 0, time.perf_counter()
         for batch in bar:
             batch = to_device(batch, self.device)
             inputs, labels = split_batch(batch)
@@ -171,18 +200,19 @@ class _Run:
             self.optimizer.zero_grad()
             losses.add(loss.detach())
             seen += len(logits)
-        mean = float(self.accelerator.reduce(torch.tensor(losses.mean(), device=self.device), "mean"))
-        return mean, seen * self.accelerator.num_processes / (time.perf_counter() - started)
+        return losses.mean(), seen * self.accelerator.num_processes / (time.perf_counter() - started)
 
     def state_dict(self) -> dict[str, Any]:
         said = self.cached.state_dict() if self.cached else None
-        return {"recipe": asdict(self.recipe), "history": [asdict(epoch) for epoch in self.history], "teacher": said}
+        history = [asdict(epoch) for epoch in self.history]
+        return {"recipe": asdict(self.recipe), "history": history, "halved": self.halved, "teacher": said}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         mine = asdict(self.recipe)
         other = {n: value for n, value in state["recipe"].items() if n != "epochs" and value != mine.get(n)}
         if other:
             raise ValueError(f"the checkpoint is of a run with {other}, this one has other values: start a new folder")
+        self.halved = state["halved"]
         self.history[:] = [Epoch(**epoch) for epoch in state["history"]]
         if self.cached and state.get("teacher"):
             self.cached.load_state_dict(state["teacher"])
@@ -197,25 +227,28 @@ def _steps(loader: Iterable[Any]) -> int:
 
 
 class _Losses:
-    """Losses of an epoch, kept on the device: reading each one would stall an accelerator at every step."""
+    """Losses of an epoch, each the mean over the processes. Read in one go now and then: each read stalls a device."""
 
     every = 25
 
-    def __init__(self, title: str, bar: Any) -> None:
-        self.title, self.bar, self.values = title, bar, []  # type: ignore[var-annotated]
+    def __init__(self, title: str, bar: Any, accelerator: Accelerator) -> None:
+        self.title, self.bar, self.accelerator = title, bar, accelerator
+        self.pending: list[Tensor] = []
+        self.values: list[float] = []
 
     def add(self, loss: Tensor) -> None:
-        self.values.append(loss)
-        if len(self.values) % self.every == 0:
+        self.pending.append(loss)
+        if len(self.pending) == self.every:
             self.bar.set_postfix(loss=f"{self.mean():.3f}")
 
     def mean(self) -> float:
-        values = torch.stack(self.values)
-        bad = torch.nonzero(~values.isfinite())
-        if len(bad):
-            step = int(bad[0]) + 1
-            raise RuntimeError(f"{self.title}, step {step}: the loss is {values[step - 1].item()}; try a lower lr")
-        return float(values.double().mean())
+        new = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
+        for step, loss in enumerate(new, len(self.values) + 1):
+            if not math.isfinite(loss):
+                raise Diverged(f"{self.title}, step {step}: the loss is {loss}; try a lower lr")
+        self.pending.clear()
+        self.values += new
+        return math.fsum(self.values) / len(self.values)
 
 
 def warmup_cosine(step: int, warmup: float, total: int) -> float:

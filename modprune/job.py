@@ -6,6 +6,7 @@ import copy
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ from torch import nn
 from modprune._environment import commit, environment
 from modprune._files import write_text
 from modprune._inputs import device_of
+from modprune._processes import everyones, meet
 from modprune.checkpoints import check_empty
 from modprune.criteria import Criterion
 from modprune.data import ImageData, ImageLoader
 from modprune.distill import CachedTeacher
-from modprune.finetune import Epoch, Recipe, finetune
+from modprune.finetune import Recipe, finetune
 from modprune.picture import save_picture
 from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
 from modprune.report import Report, compare
 from modprune.store import save
+from modprune.tracking import trackers
 
 
 def prune_job(
@@ -44,12 +47,13 @@ def prune_job(
     batch_size: int = 128,
     pad: int = 4,
     seed: int = 0,
+    log_with: Sequence[str] = (),
     resume: bool = False,
 ) -> Report:
     """Prune an image classifier and recover it; the original stays as it was.
 
     Writes to `out`: `run.json` (arguments, versions, commit, host), `plan.json`, `curve.json` and `curve.png` (if
-    blocks are chosen by modularity), `metrics.csv` after each epoch, `history.json`, `model.safetensors`,
+    blocks are chosen by modularity), `metrics.csv` after each epoch, `model.safetensors`,
     `report.json`, `report.md`; while it trains also `checkpoints/`. Files are whole or not there at any moment.
 
     Args:
@@ -61,6 +65,7 @@ def prune_job(
         recipe: of the fine-tuning; None leaves it out.
         batch_size, pad: of the training images, see `ImageLoader`.
         seed: of calibration images, order and augmentation.
+        log_with: names of accelerate's trackers that get the epochs as well: "tensorboard", "wandb", ...
         resume: go on from the newest checkpoint in `out`, to the result of an uninterrupted run.
 
     Raises:
@@ -68,7 +73,7 @@ def prune_job(
         OSError: if `out` cannot be written.
     """
     out, device = Path(out), device_of(model)
-    checkpoints = out / "checkpoints"
+    first, checkpoints = meet(device), out / "checkpoints"
     if not resume:
         check_empty(checkpoints)  # before the minutes of measuring, not after
     budgets = {"flops": flops, "params": params, "blocks": blocks, "latency": latency, "width": width}
@@ -76,58 +81,53 @@ def prune_job(
     plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
     if plan is None:
         calibration = ImageLoader(train, 100, shuffle=True, seed=seed, device=device)
-        plan = _measure(ModularityPruner(model, example, calibration, criterion, **budgets), out)  # type: ignore[arg-type]
+        pruner = ModularityPruner(model, example, calibration, criterion, **budgets)  # type: ignore[arg-type]
+        plan = pruner.plan()
+        if first:
+            _write_plan(pruner, out)
     rest = {"recipe": recipe and asdict(recipe), "batch_size": batch_size, "pad": pad, "seed": seed}
-    _describe(out, {"network": type(model).__name__, "criterion": plan.criterion, **budgets, **rest}, device)
+    arguments = {"network": type(model).__name__, "criterion": plan.criterion, **budgets, **rest}
+    if first:
+        _describe(out, arguments, device)
     pruned = plan.apply(copy.deepcopy(model), example)
     if recipe is not None:
         loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device)
         teacher = CachedTeacher(model, len(train))
         pruned.to(memory_format=torch.channels_last)
-        history = finetune(
-            pruned, loader, teacher=teacher, checkpoints=checkpoints, resume=resume,
-            after_epoch=Metrics(out / "metrics.csv"), **asdict(recipe),
-        )  # fmt: skip
-        write_text(out / "history.json", json.dumps([asdict(epoch) for epoch in history], indent=2) + "\n")
+        with trackers(log_with if first else (), out, arguments) as log:
+            finetune(
+                pruned, loader, teacher=teacher, checkpoints=checkpoints, resume=resume,
+                after_epoch=log if first else None, **asdict(recipe),
+            )  # fmt: skip
     pruned.to(memory_format=torch.contiguous_format)  # as the original, for the clock
     report = compare(model, pruned, example, ImageLoader(test, 100, device=device))
-    save(pruned, out / "model.safetensors")
-    report.to_json(out / "report.json")
-    picture = "\n![curve](curve.png)\n" if plan.criterion == "modularity" else ""
-    write_text(out / "report.md", f"# Pruned by {plan.criterion}\n\n{report.to_markdown()}\n{_story(plan)}{picture}")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if first:
+        save(pruned, out / "model.safetensors")
+        _write_report(report, plan, out)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    everyones(None)  # nobody goes on before the files are there
     return report
 
 
-def _measure(pruner: ModularityPruner, out: Path) -> PruningPlan:
+def _write_report(report: Report, plan: PruningPlan, out: Path) -> None:
+    report.to_json(out / "report.json")
+    picture = "\n![curve](curve.png)\n" if plan.criterion == "modularity" else ""
+    write_text(out / "report.md", f"# Pruned by {plan.criterion}\n\n{report.to_markdown()}\n{_story(plan)}{picture}")
+
+
+def _write_plan(pruner: ModularityPruner, out: Path) -> None:
     plan = pruner.plan()
     if pruner.scores is not None and pruner.scores.curve is not None:
         curve = pruner.scores.curve
         curve.to_json(out / "curve.json")
         save_picture(curve.plot(removed=plan.remove), out / "curve.png")
     plan.to_json(out / "plan.json")
-    return plan
 
 
 def _describe(out: Path, arguments: dict[str, Any], device: torch.device) -> None:
     """`run.json`: what somebody needs to know of the run a year later."""
     place = {"device": str(device), "host": platform.node(), "folder": str(Path.cwd()), "commit": commit(Path.cwd())}
     write_text(out / "run.json", json.dumps({"arguments": arguments, **place, **environment()}, indent=2) + "\n")
-
-
-class Metrics:
-    """Keeps a CSV file of the epochs as they end; rows of an interrupted run that are made anew are replaced."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, epoch: Epoch) -> None:
-        """Add a row."""
-        rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
-        rows = [row for row in rows if int(row.split(",")[0]) < epoch.epoch]
-        new = asdict(epoch)
-        row = ",".join("" if value is None else str(value) for value in new.values())
-        write_text(self.path, "\n".join([",".join(new), *rows, row]) + "\n")
 
 
 def _story(plan: PruningPlan) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch.distributed as dist
+import numpy as np
+import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from modprune._processes import check_alike, everyones, from_first
 from modprune.blocks import Block, Blocks, find_blocks
 from modprune.budget import Budget, Candidate, choose
 from modprune.cost import count_macs, count_params, latency_by_module, macs_by_module
@@ -25,7 +29,7 @@ class ModularityPruner:
     """Removes the residual blocks with the least score, subject to a budget.
 
     Args:
-        model: a bare module, changed by `step` alone.
+        model: a bare module, changed by `step` alone; of one in DistributedDataParallel or DataParallel, what it wraps.
         example_inputs: a tensor, a tuple or a dict, as in torch-pruning.
         loader: calibration batches `(inputs, labels, ...)` or dicts with `labels`, from the training set.
         criterion: a name ("modularity", "block_influence", "ablation", ...) or a callable, see `modprune.criteria`.
@@ -39,8 +43,13 @@ class ModularityPruner:
         iterative_steps: 1 chooses all blocks from one measurement. With n > 1 the budget is met in n equal stages,
             the network measured anew before each.
 
+    Of several processes (torch.distributed) all make the pruner and call it together, with the same weights. Each
+    measures its share of the samples: modularity gathers the features, so that its curve is that of one process; what
+    the other criteria score is averaged.
+
     Raises:
         ValueError: for budgets out of range, a model without removable blocks, an unknown criterion or layer.
+        RuntimeError: if the processes have not the same model or come to other plans; names their ranks.
 
     >>> import torch
     >>> from modprune.models import resnet20
@@ -70,29 +79,43 @@ class ModularityPruner:
             raise ValueError(f"iterative_steps={iterative_steps}: at least 1 is needed")
         if width is not None and not 0 < width < 1:
             raise ValueError(f"width={width}: a fraction of the channels between 0 and 1 is needed")
-        self.model, self.example_inputs, self.loader = model, example_inputs, loader
+        self.wrapper = model if isinstance(model, (DataParallel, DistributedDataParallel)) else None
+        self.model = model = model if self.wrapper is None else self.wrapper.module
+        self.example_inputs, self.loader = example_inputs, loader
         self.criterion, self.budget = resolve(criterion), Budget(flops, params, blocks, latency)
         self.ignored, self.iterative_steps, self.width = _names(model, ignored_layers), iterative_steps, width
         self.scores: BlockScores | None = None
         self._plan: PruningPlan | None = None
 
     def plan(self) -> PruningPlan:
-        """Measure and choose; the model stays whole. Measured once: the same plan comes again.
-
-        Under torch.distributed every process gets the plan of the first one.
-        """
+        """Measure and choose; the model stays whole. Measured once: the same plan comes again."""
         if self._plan is None:
-            self._plan = _same_everywhere(self._make_plan())
+            check_alike(everyones(_fingerprint(self.model)), "the model", "load the same weights in every process")
+            plan = self._make_plan()
+            chosen = everyones((plan.remove, plan.kinds, plan.outputs, plan.width))
+            check_alike(chosen, "the plan", "give every process the same budget, criterion and library versions")
+            self._plan = plan
         return self._plan
 
     def step(self) -> nn.Module:
-        """Remove the planned blocks from the model in place, prove that it runs, and return it."""
-        return self.plan().apply(self.model, self.example_inputs)
+        """Remove the planned blocks from the model in place, prove that it runs, and return it, bare.
+
+        What holds on to the old parameters is due anew: DistributedDataParallel or DataParallel around the model, the
+        optimizer (or see `carry_over`) and with it the schedule, and an average of the weights. All processes have the
+        buffers of the first.
+        """
+        plan = self.plan()
+        pruned = plan.apply(self.model, self.example_inputs)
+        from_first(pruned.buffers())
+        if self.wrapper is not None:
+            _retire(self.wrapper)
+        return pruned
 
     def _make_plan(self) -> PruningPlan:
         blocks = find_blocks(self.model, self.example_inputs)
         whole = {block.name: block for block in blocks}
         times = {} if self.budget.latency is None else _nanoseconds(self.model, whole, self.example_inputs)
+        times = everyones(times)[0]  # each process takes its own
         totals = count_macs(self.model, self.example_inputs), count_params(self.model), times.get("", 0)
         gone: list[Candidate] = []
         model = self.model if self.iterative_steps == 1 else copy.deepcopy(self.model)
@@ -102,7 +125,7 @@ class ModularityPruner:
                 continue
             if not blocks:
                 raise ValueError(f"{type(model).__name__} has no block that can be removed; refused: {blocks.refused}")
-            scores = self.criterion(model, blocks, self.loader)
+            scores = _of_all(self.criterion(model, blocks, self.loader))
             self.scores = self.scores or scores
             if left is None:
                 continue
@@ -141,13 +164,29 @@ def _plan_for(blocks: Mapping[str, Block], names: Sequence[str]) -> PruningPlan:
     return PruningPlan(tuple(names), tuple(b.kind for b in gone), tuple(b.outputs for b in gone))
 
 
-def _same_everywhere(plan: PruningPlan) -> PruningPlan:
-    """The plan of rank 0: processes that removed different blocks of equal shape would train on in silence."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return plan
-    text = [plan.to_json()]
-    dist.broadcast_object_list(text, src=0)
-    return PruningPlan.from_json(text[0])
+def _fingerprint(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
+    """Name, shape and sum of the bytes of every parameter: other weights lead to other plans, each fine by itself."""
+    return [
+        (name, tuple(p.shape), int(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)))
+        for name, p in model.named_parameters()
+    ]
+
+
+def _of_all(scores: BlockScores) -> BlockScores:
+    """The repeats of all processes."""
+    return replace(scores, values=np.concatenate(everyones(scores.values)))
+
+
+def _retire(wrapper: nn.Module) -> None:
+    """The old wrapper would wait for gradients that no longer come, or let the processes drift apart in silence."""
+    kind = type(wrapper).__name__
+    due = f"wrap the pruned model in a new {kind}, and make a new optimizer (or carry_over), schedule and EMA"
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(f"this {kind} was made before blocks were removed: {due}")
+
+    wrapper.register_forward_pre_hook(refuse)
+    warnings.warn(f"blocks were removed from a model in {kind}: {due}", stacklevel=3)
 
 
 def _nanoseconds(model: nn.Module, blocks: Mapping[str, Block], example_inputs: Any) -> dict[str, int]:

@@ -3,13 +3,15 @@
     python recipes/cifar.py --model resnet56 --weights resnet56-4bfd9763.th --data-dir data --out runs/resnet56
     python recipes/cifar.py --model vgg16_bn --data cifar100 --data-dir data --out runs/vgg16
 
-The same command with --resume goes on with an interrupted run. Copy it and change what you like.
+The same command with --resume goes on with an interrupted run; under `torchrun --nproc-per-node N` the processes share
+the work. Copy it and change what you like.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 import modprune
 from modprune.data import ImageLoader, cifar10, cifar100
@@ -24,7 +26,8 @@ TRAINING = {"lr": 0.1, "weight_decay": 5e-4}
 
 def main(arguments: argparse.Namespace) -> None:
     """Train if need be, prune, recover, report."""
-    out, device = arguments.out, "cuda" if torch.cuda.is_available() else "cpu"
+    processes = PartialState()
+    out, device = arguments.out, processes.device
     torch.manual_seed(arguments.seed)
     train, test = (DATA[arguments.data](arguments.data_dir, train=part) for part in (True, False))
     network = MODELS[arguments.model](num_classes=train.num_classes).to(device)
@@ -37,13 +40,14 @@ def main(arguments: argparse.Namespace) -> None:
             network, loader, epochs=arguments.train_epochs, checkpoints=out / "training", resume=arguments.resume,
             **TRAINING,
         )  # fmt: skip
-        modprune.save(network, trained)
+        if processes.is_main_process:
+            modprune.save(network, trained)
     report = prune_job(
         network, train, test, out, flops=arguments.flops, params=arguments.params, width=arguments.width,
         criterion=arguments.criterion, recipe=Recipe(epochs=arguments.epochs, lr=arguments.lr), batch_size=BATCH,
         pad=PAD, seed=arguments.seed, resume=arguments.resume,
     )  # fmt: skip
-    print(report)
+    processes.print(report)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -16,7 +16,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from modprune import PruningPlan
+from modprune import PruningPlan, count_params, load
 from modprune._options import CRITERION_NAMES
 from modprune.cli import app
 from modprune.criteria import CRITERIA
@@ -134,7 +134,6 @@ def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
     assert names == [
         "curve.json",
         "curve.png",
-        "history.json",
         "metrics.csv",
         "model.safetensors",
         "plan.json",
@@ -165,6 +164,27 @@ def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
     report = json.loads((cut / "report.json").read_text())
     assert json.loads((cut / "e.json").read_text())["correct"] == report["pruned"]["accuracy"]["correct"]
     assert f"{report['pruned']['accuracy']['top1']:.2f} %" in text
+
+
+def test_processes_of_torchrun_share_the_work_and_one_writes(weights, tmp_path):
+    (tmp_path / "many.py").write_text(  # enough for five disjoint draws of 500
+        "from dataclasses import replace\nimport torch\nfrom modprune.data import digits\n"
+        "def many(train):\n    data = digits(train)\n"
+        "    return replace(data, images=torch.cat([data.images, 255 - data.images]), labels=data.labels.repeat(2))"
+    )
+    shared = ["--model", "resnet20", "--weights", weights, "--data", f"{tmp_path}/many.py:many", "--blocks", 2]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "modprune"]
+    arguments = ["prune", *shared, "--epochs", 1, "--out", tmp_path / "out"]
+    done = subprocess.run([*launch, *map(str, arguments)], env=ENV, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written to") == 1
+    plan, one = PruningPlan.from_json(tmp_path / "out" / "plan.json"), tmp_path / "one.json"
+    assert in_process("plan", *shared, "--json", one).exit_code == 0
+    assert plan.remove == PruningPlan.from_json(one).remove
+    assert plan.scores == pytest.approx(PruningPlan.from_json(one).scores, abs=1e-6)
+    assert len((tmp_path / "out" / "metrics.csv").read_text().splitlines()) == 2
+    assert count_params(load(tmp_path / "out" / "model.safetensors")) < count_params(resnet20())
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 STUDIES = {

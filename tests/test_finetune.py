@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from modprune.checkpoints import states
 from modprune.data import ImageLoader, digits
 from modprune.distill import CachedTeacher
 from modprune.finetune import Recipe, finetune, warmup_cosine
@@ -120,6 +121,37 @@ def test_nan_stops_and_names_the_step(tmp_path):
     with pytest.raises(RuntimeError, match=r"epoch 1/2, step 3: the loss is nan; try a lower lr"):
         finetune(model, batches, epochs=2, checkpoints=tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+class Flaky:
+    """A loader whose first batch holds NaN the first `times` times."""
+
+    def __init__(self, times: int) -> None:
+        self.loader, self.times = loader(), times
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.loader.set_epoch(epoch)
+
+    def __iter__(self):
+        for images, *rest in self.loader:
+            self.times -= 1
+            yield (images * torch.nan if self.times >= 0 else images, *rest)
+
+
+def test_after_a_loss_that_is_no_number_it_goes_on_with_half_the_rate(tmp_path):
+    expected, halved = network(), network()
+    calm = finetune(expected, loader(), epochs=2, lr=0.05, progress=False)
+    history = finetune(halved, Flaky(times=1), epochs=2, lr=0.1, halvings=1, checkpoints=tmp_path / "a", progress=False)
+    assert same(expected, halved)
+    assert [epoch.lr for epoch in history] == [epoch.lr for epoch in calm]
+    with pytest.raises(RuntimeError, match="the loss is nan"):
+        finetune(network(), Flaky(99), epochs=2, halvings=2, checkpoints=tmp_path / "b", progress=False)
+    assert [state.name for state in states(tmp_path / "b")] == ["epoch-0000"]
+    with pytest.raises(ValueError, match="halvings=1 needs checkpoints=FOLDER"):
+        finetune(network(), loader(), halvings=1)
 
 
 @pytest.mark.parametrize(

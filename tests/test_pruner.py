@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from modprune import pruner
@@ -178,22 +175,3 @@ def test_what_cannot_be_had_says_the_most():
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     with pytest.raises(ValueError, match="Sequential has no block that can be removed"):
         ModularityPruner(plain, X, loader(), blocks=1).plan()
-
-
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-
-    def criterion(model, blocks, loader):
-        return BlockScores(blocks.names, np.roll(np.arange(len(blocks), dtype=float), rank)[None])
-
-    plan = ModularityPruner(network(), X, loader(), criterion, blocks=3).plan()
-    Path(folder, f"plan{rank}.json").write_text(plan.to_json())
-    dist.barrier()  # gloo aborts a process that takes its group down while the other still reads from it
-    dist.destroy_process_group()
-
-
-def test_all_processes_get_the_plan_of_the_first(tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    plans = [(tmp_path / f"plan{rank}.json").read_text() for rank in range(2)]
-    assert plans[0] == plans[1]
-    assert json.loads(plans[0])["remove"] == ["layer1.0", "layer1.1", "layer1.2"]

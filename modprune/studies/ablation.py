@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from modprune._inputs import first_sample
 from modprune.curve import check_classes
-from modprune.features import GIB, LayerGrams, Sample
+from modprune.features import GIB, LayerGrams, Sample, labels_of
 from modprune.features import draw as draw_samples
 from modprune.graph import check_k, feature_graph_from_gram, graph_modularity
 from modprune.studies.layers import layers_of
@@ -65,7 +64,7 @@ def _grid(
     model: nn.Module, layers: Sequence[str], sample: Sample, ks: Sequence[int], sizes: Sequence[int], budget: int
 ) -> dict[str, list[list[float]]]:
     """For each cell, by "k, N": Q of each of its draws at each layer."""
-    labels = torch.cat([labels for _, labels in sample])
+    labels = labels_of(sample)
     parts = {n: [slice(i * n, i * n + n) for i in range(min(DRAWS, len(labels) // n))] for n in sizes}
     for part in (part for slices in parts.values() for part in slices):
         check_classes(labels[part])

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from modprune._inputs import first_sample
 from modprune.blocks import find_blocks
 from modprune.curve import check_classes
-from modprune.features import GIB, LayerGrams, Sample
+from modprune.features import GIB, LayerGrams, Sample, labels_of
 from modprune.features import draw as draw_samples
 from modprune.graph import feature_graph_from_gram, graph_modularity
 from modprune.studies.layers import in_order, layers_of, weight_layers
@@ -71,7 +71,7 @@ def difference(
 
 
 def _repeat(grams: LayerGrams, sample: Sample, k: int) -> dict[str, Any]:
-    labels = torch.cat([labels for _, labels in sample])
+    labels = labels_of(sample)
     check_classes(labels)
     q, centred = [], []
     for _, gram in tqdm(grams(sample), "layers", len(grams.layers), leave=False):

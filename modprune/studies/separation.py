@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from modprune._inputs import first_sample
 from modprune.curve import check_classes
-from modprune.features import GIB, LayerGrams
+from modprune.features import GIB, LayerGrams, labels_of
 from modprune.features import draw as draw_samples
 from modprune.graph import FeatureGraph, feature_graph_from_gram, graph_modularity
 from modprune.studies.layers import layers_of
@@ -53,7 +53,7 @@ def separation(
     parts = parts or Parts()
     layers = layers_of(model, first_sample(loader))
     sample = next(draw_samples(loader, samples, 1))
-    labels = torch.cat([labels for _, labels in sample])
+    labels = labels_of(sample)
     check_classes(labels)
     rows = []
     for layer, gram in tqdm(LayerGrams(model, layers, budget)(sample), "t-SNE", len(layers), leave=False):

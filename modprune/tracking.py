@@ -1,0 +1,86 @@
+"""The numbers people watch, epoch by epoch: a CSV file, and the trackers that accelerate knows."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+from modprune._files import write_text
+from modprune.finetune import Epoch
+
+
+@contextmanager
+def trackers(names: Sequence[str], folder: Path, arguments: Mapping[str, Any]) -> Iterator[Callable[[Epoch], None]]:
+    """A callable for `finetune(after_epoch=...)` that writes `folder/metrics.csv` and tells the trackers named.
+
+    Args:
+        names: as accelerate has them: "tensorboard" (the extra `modprune[tensorboard]`), "wandb", "mlflow", ...
+        folder: of the run; trackers that write files write them below it.
+        arguments: of the run, kept with it by trackers that can.
+
+    Raises:
+        ValueError: for a name that accelerate does not know, or a tracker that is not installed.
+    """
+    running = [_started(name, folder, arguments) for name in names]
+    table = Metrics(folder / "metrics.csv")
+
+    def tell(epoch: Epoch) -> None:
+        table(epoch)
+        for tracker in running:
+            tracker.log(
+                {name: v for name, v in asdict(epoch).items() if name != "epoch" and v is not None}, epoch.epoch
+            )
+
+    try:
+        yield tell
+    finally:
+        for tracker in running:
+            tracker.finish()
+
+
+def _started(name: str, folder: Path, arguments: Mapping[str, Any]) -> Any:
+    known = {str(kind): tracker for kind, tracker in LOGGER_TYPE_TO_CLASS.items()}
+    if name not in known:
+        raise ValueError(f"log_with={name!r}: accelerate has no such tracker: give some of {', '.join(known)}")
+    place = {"logging_dir": str(folder.parent)} if known[name].requires_logging_directory else {}
+    try:
+        tracker = known[name](folder.name, **place)
+        tracker.start()
+    except ImportError:
+        raise ValueError(f"log_with={name!r} is not installed: pip install {name}") from None
+    tracker.store_init_configuration({key: value for key, value in arguments.items() if _is_plain(value)})
+    return tracker
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str, bool))
+
+
+def read_metrics(path: Path) -> list[Epoch]:
+    """The epochs of a `metrics.csv`."""
+    with path.open(newline="") as file:
+        return [
+            Epoch(int(row.pop("epoch")), **{name: float(v) if v else None for name, v in row.items()})  # type: ignore[arg-type]
+            for row in csv.DictReader(file)
+        ]
+
+
+class Metrics:
+    """Keeps a CSV file of the epochs as they end; rows of an interrupted run that are made anew are replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, epoch: Epoch) -> None:
+        """Add a row."""
+        rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
+        rows = [row for row in rows if int(row.split(",")[0]) < epoch.epoch]
+        new = asdict(epoch)
+        row = ",".join("" if value is None else str(value) for value in new.values())
+        write_text(self.path, "\n".join([",".join(new), *rows, row]) + "\n")

@@ -8,6 +8,7 @@ from modprune.curve import ModularityCurve, modularity_curve
 from modprune.distill import CachedTeacher
 from modprune.evaluate import Evaluation, evaluate
 from modprune.finetune import finetune
+from modprune.gradual import GradualPruning, Settled, cubic
 from modprune.graph import modularity
 from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
@@ -20,14 +21,17 @@ __all__ = [
     "Blocks",
     "CachedTeacher",
     "Evaluation",
+    "GradualPruning",
     "ModularityCurve",
     "ModularityPruner",
     "PruningPlan",
     "Report",
+    "Settled",
     "carry_over",
     "compare",
     "count_macs",
     "count_params",
+    "cubic",
     "evaluate",
     "find_blocks",
     "finetune",

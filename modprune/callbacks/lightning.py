@@ -1,0 +1,59 @@
+"""Pruning inside Lightning's Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from modprune.gradual import GradualPruning
+
+
+class PruningCallback(Callback):
+    """Removes blocks while Lightning trains; momentum and schedules go on with what stays.
+
+    Save what came of it by `modprune.save(module.network, path)`: Lightning's own checkpoints hold the weights that are
+    left, and go into a module that was pruned alike. Averages of the weights (EMA, SWA) hold on to removed parameters:
+    start them after the last stage.
+
+    Args:
+        loader: calibration batches; those of the training if None.
+        network: qualified name of the network in the LightningModule; "" is the module itself, by its `forward`.
+        every: "epoch" or "step": what `at` counts.
+        options: `at`, the budget and more, see `GradualPruning`.
+
+    Raises:
+        RuntimeError: when the training starts in several processes: the wrapper that Lightning has put around the
+            module would wait for the gradients of removed parameters.
+
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(callbacks=[PruningCallback(at=(2, 4), flops=0.5)], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self, loader: Iterable[Any] | None = None, *, network: str = "", every: str = "epoch", **options: Any
+    ) -> None:
+        if every not in ("epoch", "step"):
+            raise ValueError(f"every={every!r}: 'epoch' or 'step' is needed")
+        self.loader, self.network, self.every, self.options = loader, network, every, options
+        self.pruning: GradualPruning | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook: look at the network."""
+        if trainer.world_size > 1:
+            raise RuntimeError(
+                f"{trainer.world_size} processes: Lightning has wrapped the module already; prune it before trainer.fit"
+            )
+        loader: Any = trainer.train_dataloader if self.loader is None else self.loader
+        self.pruning = GradualPruning(pl_module.get_submodule(self.network), loader, **self.options)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Lightning's hook: prune if it is due by the step."""
+        if self.every == "step" and self.pruning is not None:
+            self.pruning(trainer.global_step, *trainer.optimizers)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook: prune if it is due by the epoch."""
+        if self.every == "epoch" and self.pruning is not None:
+            self.pruning(trainer.current_epoch + 1, *trainer.optimizers)

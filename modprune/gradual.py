@@ -1,0 +1,143 @@
+"""Pruning in stages while somebody else's loop trains: when, how much, and the optimizer carried over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.optim import Optimizer
+
+from modprune._inputs import first_sample
+from modprune.carry import carry_over
+from modprune.cost import count_macs, count_params
+from modprune.criteria import Criterion
+from modprune.curve import ModularityCurve, modularity_curve
+from modprune.plan import PruningPlan
+from modprune.pruner import ModularityPruner
+
+
+def cubic(stages: int) -> tuple[float, ...]:
+    """Shares of the budget after each of `stages` stages: much at first, little at the end.
+
+    Zhu and Gupta, "To prune, or not to prune" (2017), equation 1.
+
+    >>> cubic(2)
+    (0.875, 1.0)
+    """
+    return tuple(1 - (1 - stage / stages) ** 3 for stage in range(1, stages + 1))
+
+
+class Settled:
+    """Whether the modularity curve has come to rest: no point of it moved by more than `tolerance` since the last look.
+
+    Args:
+        loader: calibration batches, the same samples at every look: one that does not shuffle.
+        tolerance: of Q.
+        k, samples: see `modularity_curve`.
+    """
+
+    def __init__(self, loader: Iterable[Any], tolerance: float = 0.02, k: int = 3, samples: int = 500) -> None:
+        self.loader, self.tolerance, self.k, self.samples = loader, tolerance, k, samples
+        self.last: ModularityCurve | None = None
+
+    def __call__(self, count: int, model: nn.Module) -> bool:
+        """Look; False the first time, and after surgery."""
+        before, self.last = self.last, modularity_curve(model, self.loader, self.k, self.samples, repeats=1)
+        if before is None or before.layers != self.last.layers:
+            return False
+        return float(np.abs(self.last.mean - before.mean).max()) <= self.tolerance
+
+
+class GradualPruning:
+    """Meets a budget in stages, between which a loop of your own trains. Call it after every epoch, or every step.
+
+    The fractions are of the model as it is when this is made. After each stage, what holds on to the old parameters
+    other than the optimizers is due anew, see `ModularityPruner.step`.
+
+    Args:
+        model: a bare module.
+        loader, criterion: see `ModularityPruner`.
+        at: the counts of epochs or steps after which a stage is due, or a callable `(count, model) -> bool` that says
+            so, such as `Settled(loader)`.
+        shares: of the budget, what is gone after each stage; `cubic` over the counts in `at`, or all at once, if empty.
+        flops, params, blocks, ignored_layers: see `ModularityPruner`.
+        example_inputs: one sample of the first batch if None.
+
+    Raises:
+        ValueError: for shares that do not rise to 1, or not one for each count; else as `ModularityPruner`.
+
+    >>> import torch
+    >>> from modprune.models import resnet20
+    >>> model, batches = resnet20(), [(torch.randn(40, 3, 8, 8), torch.arange(40) % 4)]
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    >>> prune = GradualPruning(model, batches, "l1_norm", at=(1, 3), blocks=8)
+    >>> [plan and len(plan.remove) for plan in (prune(epoch, optimizer) for epoch in (1, 2, 3))]
+    [7, None, 1]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        criterion: str | Criterion = "modularity",
+        *,
+        at: Sequence[int] | Callable[[int, nn.Module], bool],
+        shares: Sequence[float] = (),
+        flops: float | None = None,
+        params: float | None = None,
+        blocks: int | None = None,
+        ignored_layers: Sequence[nn.Module | str] = (),
+        example_inputs: Any = None,
+    ) -> None:
+        self.model, self.loader, self.at = model, loader, at
+        self.shares = tuple(shares) or (cubic(1) if callable(at) else cubic(len(at)))
+        if list(self.shares) != sorted(self.shares) or self.shares[-1] != 1:
+            raise ValueError(f"shares={self.shares}: they rise to 1, as in (0.5, 0.75, 1)")
+        if not callable(at) and len(at) != len(self.shares):
+            raise ValueError(f"{len(at)} counts in at and {len(self.shares)} shares: give one share for each")
+        self.example = first_sample(loader) if example_inputs is None else example_inputs
+        self.budget = {"flops": flops, "params": params, "blocks": blocks}
+        self.options = {"criterion": criterion, "ignored_layers": ignored_layers}
+        self.whole = {"flops": count_macs(model, self.example), "params": count_params(model)}
+        self.plans: list[PruningPlan] = []
+        self.stage = 0
+        ModularityPruner(model, self.example, loader, **self.options, **self.budget)  # type: ignore[arg-type]
+
+    def __call__(self, count: int, *optimizers: Optimizer) -> PruningPlan | None:
+        """Remove the blocks of the next stage if it is due after `count` epochs or steps.
+
+        Args:
+            count: of epochs or steps so far, from 1.
+            optimizers: over the model's parameters; they go on with those that stay, see `carry_over`.
+
+        Returns:
+            The plan of the stage; None if nothing was removed.
+        """
+        if self.stage == len(self.shares) or not self._is_due(count):
+            return None
+        share, self.stage = self.shares[self.stage], self.stage + 1
+        left = self._left(share)
+        if not any(left.values()):
+            return None
+        pruner = ModularityPruner(self.model, self.example, self.loader, **self.options, **left)  # type: ignore[arg-type]
+        self.plans.append(pruner.plan())
+        with carry_over(self.model, *optimizers):
+            pruner.step()
+        return self.plans[-1]
+
+    def _is_due(self, count: int) -> bool:
+        return self.at(count, self.model) if callable(self.at) else count == self.at[self.stage]
+
+    def _left(self, share: float) -> dict[str, float | None]:
+        """What of `share` of the budget is still to go, as fractions of what is left of the model."""
+        now = {"flops": count_macs(self.model, self.example), "params": count_params(self.model)}
+        left: dict[str, float | None] = {"flops": None, "params": None, "blocks": None}
+        for name, size in now.items():
+            if asked := self.budget[name]:
+                fraction = 1 - (1 - share * asked) * self.whole[name] / size
+                left[name] = fraction if fraction > 1e-9 else None
+        if asked := self.budget["blocks"]:
+            left["blocks"] = round(share * asked) - sum(len(plan.remove) for plan in self.plans) or None
+        return left

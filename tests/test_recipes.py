@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib.util
 import json
 import os
@@ -14,6 +16,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -51,15 +54,20 @@ def test_cifar(data, weights, tmp_path):
     assert modprune.evaluate(pruned, [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))]).samples == 2
 
 
-def test_imagenet(tmp_path):
+def image_folder(root: Path) -> None:
+    """Two classes, a bright one and a dark one."""
     random = np.random.default_rng(0)
     for part, images in (("train", 12), ("val", 4)):
         for label in range(2):
-            folder = tmp_path / "data" / part / f"class{label}"
+            folder = root / part / f"class{label}"
             folder.mkdir(parents=True)
             for i in range(images):
                 pixels = random.integers(0, 255, (80, 70, 3), dtype=np.uint8) // (1 + label)
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
+
+
+def test_imagenet(tmp_path):
+    image_folder(tmp_path / "data")
     broken = tmp_path / "data" / "train" / "class1" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     torch.manual_seed(0)
@@ -82,6 +90,48 @@ def test_imagenet(tmp_path):
     assert "epoch 1: Top-1" not in done.stdout
     assert json.loads((tmp_path / "out" / "report.json").read_text())["flops_removed"]["modprune"] >= 0.1
     modprune.load(tmp_path / "out" / "model.safetensors", build_model(network))
+
+
+@pytest.mark.filterwarnings("ignore")  # timm leaves files to the garbage collector
+def test_timm(tmp_path, capsys):
+    image_folder(tmp_path / "data")
+    module, out = recipe("timm_train"), tmp_path / "pruned.safetensors"
+    module.main(module.parse([
+        *("--model", "resnet18", "--data-dir", str(tmp_path / "data"), "--size", "64", "--epochs", "3"),
+        *("--at", "1", "2", "--flops", "0.3", "--samples", "12", "--batch-size", "6", "--workers", "0", "--out", str(out)),
+    ]))  # fmt: skip
+    gc.collect()
+    printed = capsys.readouterr().out
+    assert printed.startswith("removed")
+    assert "epoch 3: loss" in printed
+    whole = timm.create_model("resnet18", num_classes=2)
+    x = torch.zeros(1, 3, 64, 64)
+    assert modprune.count_macs(modprune.load(out, copy.deepcopy(whole)), x) <= 0.7 * modprune.count_macs(whole, x)
+
+
+def test_torchvision_in_two_processes(tmp_path):
+    image_folder(tmp_path / "data")
+    out = tmp_path / "pruned.safetensors"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(
+            RECIPES / "torchvision_train.py",
+            "--model",
+            "resnet18",
+            "--weights",
+            "none",
+            "--data-dir",
+            tmp_path / "data",
+        ),
+        *("--size", 64, "--epochs", 2, "--samples", 12, "--batch-size", 4, "--workers", 0, "--out", out),
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENV, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2: loss") == 1
+    whole = build_model("torchvision:resnet18")
+    whole.fc = torch.nn.Linear(512, 2)
+    x = torch.zeros(1, 3, 64, 64)
+    assert modprune.count_macs(modprune.load(out, copy.deepcopy(whole)), x) <= 0.7 * modprune.count_macs(whole, x)
 
 
 def test_your_model(tmp_path):

@@ -98,7 +98,8 @@ def test_timm(tmp_path, capsys):
     module, out = recipe("timm_train"), tmp_path / "pruned.safetensors"
     module.main(module.parse([
         *("--model", "resnet18", "--data-dir", str(tmp_path / "data"), "--size", "64", "--epochs", "3"),
-        *("--at", "1", "2", "--flops", "0.3", "--samples", "12", "--batch-size", "6", "--workers", "0", "--out", str(out)),
+        *("--at", "1", "2", "--flops", "0.3", "--samples", "12", "--batch-size", "6", "--workers", "0"),
+        *("--out", str(out)),
     ]))  # fmt: skip
     gc.collect()
     printed = capsys.readouterr().out

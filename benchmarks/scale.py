@@ -1,0 +1,91 @@
+"""The curve and an epoch of fine-tuning of ResNet56 in one process and in two, and what they send each other.
+
+    python -m benchmarks.scale --data-dir DIR
+
+One thread a process, so that two processes have twice the arithmetic; gloo. Work and bytes are counted by the process
+of rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks._env import write_result
+from modprune import find_blocks, finetune, modularity_curve
+from modprune.data import ImageLoader, cifar10
+from modprune.models import resnet56
+
+K, SAMPLES, REPEATS, ROUNDS, STEPS, BATCH = 3, 500, 5, 3, 8, 128
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+
+
+def measure(rank: int, processes: int, folder: str, data_dir: Path) -> None:
+    """In each process: times, and how many bytes of features it was sent; written by the first."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    data = cifar10(data_dir, train=True)
+    torch.manual_seed(0)
+    model = resnet56()
+    blocks = find_blocks(model, EXAMPLE)
+    calibration = ImageLoader(data, 100, shuffle=True)
+    train = ImageLoader(data.subset(torch.arange(STEPS * BATCH)), BATCH // processes, pad=4, shuffle=True)
+    broadcast, sent = dist.broadcast, [0]
+
+    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent[0] += tensor.numel() * tensor.element_size()
+        return broadcast(tensor, *args, **kwargs)
+
+    curves, epochs = [], []
+    for _ in range(ROUNDS):
+        sent[0], dist.broadcast = 0, counting
+        started = time.perf_counter()
+        curve = modularity_curve(model, calibration, K, SAMPLES, REPEATS, blocks=blocks, example_inputs=EXAMPLE)
+        curves.append(time.perf_counter() - started)
+        dist.broadcast = broadcast
+        epochs.append(finetune(resnet56(), train, epochs=1, progress=False)[0].images_per_second)
+    if rank == 0:
+        found = {
+            "processes": processes,
+            "curve_seconds": statistics.median(curves),
+            "feature_bytes": sent[0],
+            "images_per_second": statistics.median(epochs),
+            "q": curve.mean.tolist(),
+        }
+        torch.save(found, f"{folder}/{processes}.pt")
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def main(data_dir: Path) -> None:
+    """Measure and write benchmarks/results/scale.json."""
+    rows = []
+    for processes in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(measure, (processes, folder, data_dir), nprocs=processes)
+            rows.append(torch.load(f"{folder}/{processes}.pt", weights_only=True))
+    one, two = (row.pop("q") for row in rows)
+    result = {
+        "command": "python -m benchmarks.scale --data-dir DIR",
+        "samples": SAMPLES,
+        "repeats": REPEATS,
+        "points": len(one),
+        "largest_difference_of_q": max(abs(a - b) for a, b in zip(one, two, strict=True)),
+        "rows": rows,
+    }
+    print(write_result("scale", result))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds cifar-10-batches-py")
+    main(parser.parse_args().data_dir)

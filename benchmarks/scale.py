@@ -2,13 +2,13 @@
 
     python -m benchmarks.scale --data-dir DIR
 
-One thread a process, so that two processes have twice the arithmetic; gloo. Work and bytes are counted by the process
-of rank 0.
+One thread a process, so that two processes have twice the arithmetic; gloo. Times are those of rank 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -28,7 +28,7 @@ EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
 def measure(rank: int, processes: int, folder: str, data_dir: Path) -> None:
-    """In each process: times, and how many bytes of features it was sent; written by the first."""
+    """In each process: times, and how many bytes of features and of sums it sends; written by the first."""
     torch.set_num_threads(1)
     if processes > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
@@ -38,25 +38,21 @@ def measure(rank: int, processes: int, folder: str, data_dir: Path) -> None:
     blocks = find_blocks(model, EXAMPLE)
     calibration = ImageLoader(data, 100, shuffle=True)
     train = ImageLoader(data.subset(torch.arange(STEPS * BATCH)), BATCH // processes, pad=4, shuffle=True)
-    broadcast, sent = dist.broadcast, [0]
-
-    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent[0] += tensor.numel() * tensor.element_size()
-        return broadcast(tensor, *args, **kwargs)
-
+    sent = count_bytes()
     curves, epochs = [], []
     for _ in range(ROUNDS):
-        sent[0], dist.broadcast = 0, counting
+        sent.update(features=0, sums=0)
         started = time.perf_counter()
         curve = modularity_curve(model, calibration, K, SAMPLES, REPEATS, blocks=blocks, example_inputs=EXAMPLE)
         curves.append(time.perf_counter() - started)
-        dist.broadcast = broadcast
+        mib = {name: count / 2**20 for name, count in sent.items()}
         epochs.append(finetune(resnet56(), train, epochs=1, progress=False)[0].images_per_second)
     if rank == 0:
         found = {
             "processes": processes,
             "curve_seconds": statistics.median(curves),
-            "feature_bytes": sent[0],
+            "features_mib": mib["features"],
+            "sums_mib": mib["sums"],
             "images_per_second": statistics.median(epochs),
             "q": curve.mean.tolist(),
         }
@@ -66,8 +62,29 @@ def measure(rank: int, processes: int, folder: str, data_dir: Path) -> None:
         dist.destroy_process_group()
 
 
+def count_bytes() -> dict[str, int]:
+    """Watch what this process sends to others, and what it adds up with theirs."""
+    sent = {"features": 0, "sums": 0}
+    transfer, add = dist.batch_isend_irecv, dist.all_reduce
+
+    def size(tensor: torch.Tensor) -> int:
+        return tensor.numel() * tensor.element_size()
+
+    def transfers(ops: list[dist.P2POp]) -> Any:
+        sent["features"] += sum(size(op.tensor) for op in ops if op.op is dist.isend)
+        return transfer(ops)
+
+    def adds(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent["sums"] += size(tensor)
+        return add(tensor, *args, **kwargs)
+
+    dist.batch_isend_irecv, dist.all_reduce = transfers, adds
+    return sent
+
+
 def main(data_dir: Path) -> None:
     """Measure and write benchmarks/results/scale.json."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the numpy of the processes to come
     rows = []
     for processes in (1, 2):
         with tempfile.TemporaryDirectory() as folder:

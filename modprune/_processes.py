@@ -38,11 +38,34 @@ def everyones(value: T) -> list[T]:
     return values
 
 
-def exchange(rows: Tensor, counts: Sequence[int]) -> None:
-    """Give all processes all rows of (N, ...), contiguous, of which each has made as many as `counts` says, in turn."""
-    if len(counts) > 1:
-        for rank, part in enumerate(rows.split(list(counts))):
-            dist.broadcast(part, src=rank)
+def to_owners(arrays: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Bring the rows of arrays together, each array in one process, and give those of this process.
+
+    Args:
+        arrays: (N, ...) each, contiguous, in every process; of the rows of process 0, 1, ... each has only its own.
+        counts: how many rows are of which process.
+
+    Returns:
+        The 1st, (1 + processes)th, ... of the arrays for rank 0, the next ones for rank 1: whole.
+    """
+    rank, processes = place()
+    transfers = []
+    for i, parts in enumerate(array.split(list(counts)) for array in arrays):
+        if i % processes == rank:
+            others = [other for other in range(processes) if other != rank]
+            transfers += [dist.P2POp(dist.irecv, parts[other], other, tag=i) for other in others]
+        else:
+            transfers.append(dist.P2POp(dist.isend, parts[rank], i % processes, tag=i))
+    for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
+        transfer.wait()
+    return list(arrays[rank::processes])
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of what all processes have, in place."""
+    if place()[1] > 1:
+        dist.all_reduce(value)
+    return value
 
 
 def from_first(tensors: Iterable[Tensor]) -> None:

@@ -25,7 +25,7 @@ from modprune._inputs import (
     take,
     to_device,
 )
-from modprune._processes import everyones, exchange, place
+from modprune._processes import everyones, place, to_owners, total
 from modprune.graph import check_finite, inner_products
 
 GIB = 2**30
@@ -135,7 +135,7 @@ class LayerGrams:
     def __call__(self, sample: Sample) -> Iterator[tuple[str, Tensor]]:
         """For each layer, in the given order, the (N, N) float32 inner products of the N flattened features.
 
-        Of several processes each forwards its share of the N samples; the features are those of all.
+        Of several processes each forwards its share of the N samples and multiplies its share of the slabs.
 
         Raises:
             ValueError: if a layer is not called once in a pass, or has no row of features for each sample, or features
@@ -152,10 +152,12 @@ class LayerGrams:
             for slabs in passes:
                 features = self._collect(sample, slabs, columns, counts)
                 # All products of a pass in one go: two thread pools (numpy's and torch's) in turns slow both down.
-                products = [inner_products(features[slab]) for slab in slabs]
-                for slab, product in zip(slabs, products, strict=True):
-                    gram = product if gram is None else gram.add_(product)
+                products = {slab: inner_products(rows) for slab, rows in features.items()}
+                for slab in slabs:
+                    if slab in products:
+                        gram = products[slab] if gram is None else gram.add_(products[slab])
                     if slab.stop == columns[slab.layer]:
+                        gram = total(self._arena.new_zeros(samples, samples) if gram is None else gram)
                         check_finite(gram.diagonal(), where=f"layer {slab.layer}: ")
                         yield slab.layer, gram
                         gram = None
@@ -177,7 +179,10 @@ class LayerGrams:
     def _collect(
         self, sample: Sample, slabs: Sequence[Slab], columns: dict[str, int], counts: Sequence[int]
     ) -> dict[Slab, Tensor]:
-        """One forward pass over the sample: for each slab its columns, (samples, width) float32, in the arena."""
+        """One forward pass over the sample: for each slab of this process its columns, (samples, width) float32.
+
+        They lie in the arena.
+        """
         samples, first = sum(counts), sum(counts[: place()[0]])
         sizes = [samples * slab.width for slab in slabs]
         parts = self._arena[: sum(sizes)].split(sizes)
@@ -195,9 +200,8 @@ class LayerGrams:
                     features[first + row : first + row + len(flat)] = flat[:, slab.start : slab.stop]
 
         visit(self.model, dict.fromkeys(slab.layer for slab in slabs), sample, keep)
-        for features in kept.values():
-            exchange(features, counts)
-        return kept
+        own = slabs[place()[0] :: len(counts)]
+        return dict(zip(own, to_owners(list(kept.values()), counts), strict=True))
 
 
 def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str, Tensor]:

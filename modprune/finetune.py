@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from modprune._inputs import call, device_of, split_batch, to_device
+from modprune._processes import place
 from modprune.checkpoints import check_empty, load_newest, save_state, states
 from modprune.data import set_epoch
 from modprune.distill import CachedTeacher, Teacher, distillation_loss, logits_of, teaching
@@ -108,7 +109,8 @@ def finetune(
         ValueError: for arguments out of range, or a folder with states of an unfinished run without
             `resume`, or of one with another recipe.
         RuntimeError: if the loss stops being finite (more than `halvings` times); names epoch and step. The newest
-            state stays, and the model keeps what broke it.
+            state stays, and the model keeps what broke it. Also where accelerate has not seen the processes of
+            torch.distributed, each of which would train alone.
     """
     constants = Recipe(**recipe)  # type: ignore[arg-type]
     if (resume or halvings) and checkpoints is None:
@@ -157,6 +159,12 @@ class _Run:
         # Somebody else's Accelerator in this process has settled the precision; ours has to follow it.
         precision = None if is_initialized() else ("bf16" if autocast_dtype(self.device) else "no")
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.device.type == "cpu", device_placement=False)
+        if self.accelerator.num_processes != place()[1]:
+            seen = self.accelerator.num_processes
+            raise RuntimeError(
+                f"torch.distributed has {place()[1]} processes and accelerate sees {seen}: start with torchrun or "
+                "accelerate launch, or set RANK, LOCAL_RANK and WORLD_SIZE in each process"
+            )
         self.loader = self.accelerator.prepare(loader) if isinstance(loader, DataLoader) else loader
         self.steps = _steps(self.loader)
         self.optimizer: Any = torch.optim.SGD(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from modprune import ModularityPruner, PruningPlan, find_blocks, modularity_curve
+from modprune import ModularityPruner, PruningPlan, find_blocks, finetune, modularity_curve
 from modprune._processes import check_alike
 from modprune.criteria import BlockScores
 from modprune.data import ImageLoader, digits
@@ -106,8 +106,20 @@ def sharded_model(rank: int) -> list:
     return [told, float(loss)]
 
 
+def unseen_by_accelerate(rank: int) -> None:
+    finetune(network(), ImageLoader(digits(True), 64, shuffle=True), epochs=1)
+
+
 CASES = (
-    *(sharded_curve, sharded_curve_of_little_memory, common_curve, averaged_plan, other_weights, other_budget),
+    *(
+        unseen_by_accelerate,
+        sharded_curve,
+        sharded_curve_of_little_memory,
+        common_curve,
+        averaged_plan,
+        other_weights,
+        other_budget,
+    ),
     *(wrapped_model, sharded_model),
 )
 
@@ -172,6 +184,11 @@ def test_processes_that_differ_are_named(of_both):
         assert all(found.startswith(message) for found in of_both(case))
     with pytest.raises(RuntimeError, match="the plan of rank 1, 3 is not that of rank 0: mend it"):
         check_alike([1, 2, 1, 0], "the plan", "mend it")
+
+
+def test_processes_that_would_train_alone_are_refused(of_both):
+    for found in of_both(unseen_by_accelerate):
+        assert found.startswith("RuntimeError: torch.distributed has 2 processes and accelerate sees 1: start with tor")
 
 
 def test_a_wrapper_is_refused_after_surgery_and_a_new_one_keeps_the_processes_in_step(of_both):

@@ -30,8 +30,8 @@ EXAMPLE = torch.zeros(1, 3, 32, 32)
 def measure(rank: int, processes: int, folder: str, data_dir: Path) -> None:
     """In each process: times, and how many bytes of features and of sums it sends; written by the first."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}  # as torchrun does
     if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}  # as torchrun does
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
     data = cifar10(data_dir, train=True)
     torch.manual_seed(0)

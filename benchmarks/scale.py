@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import statistics
 import tempfile
 import time
@@ -23,16 +24,17 @@ from modprune import find_blocks, finetune, modularity_curve
 from modprune.data import ImageLoader, cifar10
 from modprune.models import resnet56
 
-K, SAMPLES, REPEATS, ROUNDS, STEPS, BATCH = 3, 500, 5, 3, 8, 128
+K, SAMPLES, REPEATS, ROUNDS, STEPS, BATCH = 3, 500, 5, 2, 6, 128
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
-def measure(rank: int, processes: int, folder: str, data_dir: Path) -> None:
+def measure(rank: int, processes: int, port: int, folder: str, data_dir: Path) -> None:
     """In each process: times, and how many bytes of features and of sums it sends; written by the first."""
     torch.set_num_threads(1)
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}  # as torchrun does
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        dist.init_process_group("gloo")
     data = cifar10(data_dir, train=True)
     torch.manual_seed(0)
     model = resnet56()
@@ -86,10 +88,13 @@ def count_bytes() -> dict[str, int]:
 def main(data_dir: Path) -> None:
     """Measure and write benchmarks/results/scale.json."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the numpy of the processes to come
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     rows = []
     for processes in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(measure, (processes, folder, data_dir), nprocs=processes)
+            torch.multiprocessing.spawn(measure, (processes, port, folder, data_dir), nprocs=processes)
             rows.append(torch.load(f"{folder}/{processes}.pt", weights_only=True))
     one, two = (row.pop("q") for row in rows)
     result = {

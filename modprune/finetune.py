@@ -163,7 +163,7 @@ class _Run:
             seen = self.accelerator.num_processes
             raise RuntimeError(
                 f"torch.distributed has {place()[1]} processes and accelerate sees {seen}: start with torchrun or "
-                "accelerate launch, or set RANK, LOCAL_RANK and WORLD_SIZE in each process"
+                "accelerate launch, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT before"
             )
         self.loader = self.accelerator.prepare(loader) if isinstance(loader, DataLoader) else loader
         self.steps = _steps(self.loader)

@@ -119,7 +119,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
             axes[1].plot(x, np.subtract(row["q"], row["clean"]), marker=marker, ms=3, lw=1, color=ink)
         axes[1].axhline(0, color="black", lw=1.6)
         axes[0].set_ylabel("modularity Q")
-        axes[1].set_ylabel("Q under attack less Q of the same images clean")
+        axes[1].set_ylabel("Q under attack less Q clean")
         axes[0].legend(frameon=False)
         for ax in axes:
             ax.set_xlabel("points after the stem")

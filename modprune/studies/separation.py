@@ -113,14 +113,14 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
         figure, axes = panels(len(rows) + 1, 4, 1.7)
         for ax, row in zip(axes, rows, strict=False):
             at, graph = np.array(row["at"]), networkx.Graph(row["edges"])
-            networkx.draw_networkx_edges(graph, at, ax=ax, width=0.25, edge_color="0.75")
+            edges = networkx.draw_networkx_edges(graph, at, ax=ax, width=0.25, edge_color="0.75")
+            edges.set_rasterized(True)  # thousands of them would be most of the SVG file
             for n, label in enumerate(np.unique(labels)):
                 mine = at[labels == label]
                 ink, marker = f"C{n % 10}", MARKERS[n % len(MARKERS)]
                 ax.scatter(*mine.T, s=4, marker=marker, color=ink, linewidths=0)
             ax.set_title(f"{row['layer']}: Q = {row['q']:.3f}", fontsize=7)
-            ax.set_xticks([])
-            ax.set_yticks([])
+            ax.set_axis_off()
         axes[-1].plot([row["q"] for row in rows], "o-", ms=3, color=INKS[0])
         axes[-1].set_title("Q along the layers", fontsize=7)
     return figure

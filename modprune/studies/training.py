@@ -119,11 +119,11 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
     shown = sorted({round(i) for i in np.linspace(0, len(layers) - 1, min(len(layers), len(INKS)))})
     epochs = [row["epoch"] for row in rows]
     with style():
-        figure, axes = panels(2, 2, 2.6)
+        figure, axes = panels(2, 2, 2.8)
         for i, ink, marker in zip(shown, INKS, MARKERS, strict=False):
             axes[0].plot(epochs, [row["q"][i] for row in rows], marker=marker, ms=3, lw=1, color=ink, label=layers[i])
         axes[0].set_ylabel("modularity Q")
-        axes[0].legend(frameon=False, ncols=2)
+        figure.legend(frameon=False, ncols=4, loc="outside lower center")
         known = [row for row in rows if "top1" in row]
         axes[1].plot([row["epoch"] for row in known], [row["top1"] for row in known], "o-", ms=3, lw=1, color=INKS[0])
         axes[1].set_ylabel("Top-1, %")

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import modprune
-from modprune import studies
+from modprune import data, job, specs, studies
 from modprune._files import write_text
+from modprune.callbacks import lightning, transformers
 from modprune.criteria import CRITERIA
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
@@ -22,6 +23,14 @@ def page() -> str:
     parts = ["# API", "", "Made from the docstrings by `python -m benchmarks.api`.", ""]
     things = {name: getattr(modprune, name) for name in modprune.__all__}
     things |= {f"studies.{name}": getattr(studies, name) for name in studies.__all__}
+    rooms = {
+        "data": (data.ImageData, data.ImageLoader, data.cifar10, data.cifar100, data.digits),
+        "specs": (specs.build_model, specs.load_data),
+        "job": (job.prune_job,),
+        "callbacks.lightning": (lightning.PruningCallback,),
+        "callbacks.transformers": (transformers.PruningCallback,),
+    }
+    things |= {f"{room}.{thing.__name__}": thing for room, public in rooms.items() for thing in public}
     things |= {f"criteria.{made.__name__}": made for made in CRITERIA.values()}
     for name, thing in things.items():
         parts += [f"## {_title(name, thing)}", "", *_text(thing)]

@@ -1,4 +1,4 @@
-"""Write the tables of README.md, benchmarks/README.md and docs/zoo.md from the JSON files in benchmarks/results.
+"""Write the tables of README.md, benchmarks/README.md and docs/ from the JSON files in benchmarks/results.
 
 python -m benchmarks.tables
 """
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._env import RESULTS
+from benchmarks.curve_memory import FEATURES
 from benchmarks.published import LAYERS, LU
 from modprune._files import write_text
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scale.md")
 ZOO_PAGE = ROOT / "docs" / "zoo.md"
 ZOO_HEAD = """# Networks
 
@@ -127,7 +128,44 @@ def _recovery(row: dict[str, Any]) -> str:
     return " → ".join(f"{top1:.1f}" for top1 in stages)
 
 
-TABLES: dict[str, Callable[[], str]] = {"headline": headline, "clock": clock, "speed": speed, "criteria": criteria}
+def scale() -> str:
+    """The curve and training in one process and in two."""
+    run = load("scale")
+    one = run["rows"][0]
+    lines = [_row(["processes", "curve", "training", "features sent", "products added up"]), _row(["---:"] * 5)]
+    for row in run["rows"]:
+        faster = one["curve_seconds"] / row["curve_seconds"], row["images_per_second"] / one["images_per_second"]
+        cells = f"{row['curve_seconds']:.1f} s ({faster[0]:.2f}x)", f"{row['images_per_second']:.0f} images/s"
+        mib = [f"{row[name]:.0f} MiB" for name in ("features_mib", "sums_mib")]
+        lines.append(_row([str(row["processes"]), cells[0], f"{cells[1]} ({faster[1]:.2f}x)", *mib]))
+    note = (
+        f"{run['repeats']} repeats of {run['samples']} images at {run['points']} points; bytes are of rank 0. Largest "
+        f"difference between the two curves: {run['largest_difference_of_q']:.0e}. {run['environment']['cpu']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def arithmetic() -> str:
+    """What a process of 1, 8 or 64 does for one repeat of ResNet50's curve, by the formulas of the page."""
+    samples, points, gib = 5000, 17, 2**30
+    head = ["processes", "samples forwarded", "features sent", "products added up", "multiplications"]
+    lines = [_row(head), _row(["---:"] * 5)]
+    for processes in (1, 8, 64):
+        sent = 4 * FEATURES * samples / processes * (processes - 1) / processes / gib
+        added = 4 * points * samples**2 / gib if processes > 1 else 0.0
+        cells = f"{samples / processes:,.0f}", f"{sent:.1f} GiB", f"{added:.1f} GiB"
+        lines.append(_row([str(processes), *cells, f"{samples**2 * FEATURES / processes / 1e12:.1f} T"]))
+    return "\n".join([*lines, "", f"ResNet50 at 224 x 224: {points} points, M = {FEATURES:,} values a sample."])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "clock": clock,
+    "speed": speed,
+    "criteria": criteria,
+    "scale": scale,
+    "arithmetic": arithmetic,
+}
 
 
 def filled(text: str) -> str:

@@ -33,6 +33,11 @@ def run(*arguments: object, check: int = 0) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def in_process(*arguments: object) -> Result:
+    """The same without a process of its own, which takes seconds to import torch."""
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     torch.manual_seed(0)
@@ -59,10 +64,10 @@ def prune(weights: Path, out: Path, *more: object) -> list[object]:
 
 
 def test_help_names_every_command_and_option():
-    text = run("--help").stdout
+    text = in_process("--help").output
     for command in ("blocks", "curve", "plan", "prune", "evaluate"):
         assert command in text
-    text = run("prune", "--help").stdout
+    text = in_process("prune", "--help").output
     for option in (
         "--model",
         "--weights",
@@ -79,14 +84,14 @@ def test_help_names_every_command_and_option():
 
 def test_blocks_curve_and_plan_write_json(weights, tmp_path):
     shared = ["--model", "resnet20", "--weights", weights, "--data", "digits"]
-    assert "9 blocks" in run("blocks", "--model", "resnet20", "--json", tmp_path / "b.json").stdout
+    assert "9 blocks" in in_process("blocks", "--model", "resnet20", "--json", tmp_path / "b.json").output
     assert len(json.loads((tmp_path / "b.json").read_text())["blocks"]) == 9
     text = run("curve", *shared, "--samples", 100, "--repeats", 2, "--json", tmp_path / "c.json",
                "--picture", tmp_path / "c.png").stdout  # fmt: skip
     assert "layer3.2" in text
     assert len(json.loads((tmp_path / "c.json").read_text())["layers"]) == 10
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
-    run("plan", *shared, "--blocks", 2, "--criterion", "l1_norm", "--json", tmp_path / "p.json")
+    in_process("plan", *shared, "--blocks", 2, "--criterion", "l1_norm", "--json", tmp_path / "p.json")
     plan = PruningPlan.from_json(tmp_path / "p.json")
     assert (len(plan.remove), plan.criterion) == (2, "l1_norm")
 
@@ -112,15 +117,19 @@ def test_criteria_are_those_of_the_library():
     ],
 )
 def test_errors_are_one_line_with_the_right_code(arguments, code, message):
-    done = run(*arguments, check=code)
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert code == 2 or done.stderr.count("\n") == 1
+    if code == 2:
+        done = in_process(*arguments)
+        assert done.exit_code == 2
+        assert message in " ".join(done.output.split())
+    else:
+        lines = run(*arguments, check=code).stderr.splitlines()
+        assert len(lines) == 1
+        assert message in lines[0]
 
 
 def test_a_missing_data_folder_and_an_unwritable_one(weights, tmp_path):
-    done = run("plan", "--model", "resnet20", "--weights", weights, "--data-dir", tmp_path, "--blocks", 1, check=1)
-    assert "no intact CIFAR-10 there" in done.stderr
+    shared = ["--model", "resnet20", "--weights", weights, "--data-dir", tmp_path]
+    assert "no intact CIFAR-10 there" in str(in_process("plan", *shared, "--blocks", 1).exception)
     (tmp_path / "file").write_text("")
     done = run(*prune(weights, tmp_path / "file", "--epochs", 0), check=1)
     assert "cannot be written" in done.stderr
@@ -153,14 +162,15 @@ def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (cut / "model.safetensors").exists()
-    assert "holds an unfinished run" in run(*prune(weights, cut, *options), check=1).stderr
+    assert "holds an unfinished run" in str(in_process(*prune(weights, cut, *options)).exception)
     run(*prune(weights, cut, *options, "--resume"))
     for folder in (tmp_path / "whole", cut):
         rows = (folder / "metrics.csv").read_text().splitlines()
         assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3"]
     assert (cut / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
-    text = run("evaluate", "--model", cut / "model.safetensors", "--data", "digits", "--json", cut / "e.json").stdout
+    model = cut / "model.safetensors"
+    text = in_process("evaluate", "--model", model, "--data", "digits", "--json", cut / "e.json").output
     report = json.loads((cut / "report.json").read_text())
     assert json.loads((cut / "e.json").read_text())["correct"] == report["pruned"]["accuracy"]["correct"]
     assert f"{report['pruned']['accuracy']['top1']:.2f} %" in text
@@ -196,10 +206,6 @@ STUDIES = {
     "difference": ["--samples", 60],
     "training": ["--samples", 60, "--epochs", 1],
 }
-
-
-def in_process(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 @pytest.mark.parametrize("name", STUDIES)

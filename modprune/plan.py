@@ -136,6 +136,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; a plan is what `modprune plan` writes") from None
+        shown = " ".join(str(path).split())[:200]  # a text that is no plan may be many lines long
+        raise FileNotFoundError(f"{shown}: no such file; a plan is what `modprune plan` writes") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a plan: it is not text") from None

@@ -41,7 +41,7 @@ RUNS: dict[str, list[str]] = {
     "ablation": ["ablation", *network("resnet56")],
     "difference": ["difference", *network("resnet56")],
     "plateaus": ["plateaus", *network("resnet56"), "--cuts", "2", "--cuts", "4", "--cuts", "8", "--cuts", "16"],
-    "redundancy": ["redundancy", *network("resnet20"), "--epochs", "1"],
+    "redundancy": ["redundancy", *network("resnet20"), "--cuts", "2", "--epochs", "1"],
     "attacks": ["attacks", *network("resnet20"), "--samples", "200"],
     "training-vgg11": ["training", "--model", "benchmarks/paper_networks.py:vgg11", "--epochs", "10"],
     "training-vgg16": ["training", "--model", "benchmarks/paper_networks.py:vgg16", "--epochs", "10"],

@@ -26,7 +26,8 @@ def cut(model: nn.Module, remove: Sequence[str], example_inputs: Any) -> nn.Modu
 def recover(pruned: nn.Module, loader: Iterable[Any], teacher: nn.Module, epochs: int, lr: float) -> None:
     """Fine-tune on `loader` with `teacher`, or for 0 epochs measure the batch-norm statistics on 20 batches of it."""
     if epochs:
-        finetune(pruned, loader, teacher=teacher, epochs=epochs, lr=lr)
+        # A whole epoch of rising rate, as long trainings have it, would be all of a short one.
+        finetune(pruned, loader, teacher=teacher, epochs=epochs, lr=lr, warmup=min(1.0, epochs / 10))
         return
     device = device_of(pruned)
     with torch.no_grad():

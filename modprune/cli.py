@@ -201,7 +201,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
         print(f"modprune: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
 

@@ -66,7 +66,8 @@ def draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
     if samples < processes:
         raise ValueError(f"samples={samples} for {processes} processes: at least one for each is needed")
     first = first_tensor(first_sample(loader))
-    if len(set(everyones(None if first is None else first.cpu().numpy().tobytes()))) > 1:
+    firsts = everyones(None if first is None else first.flatten().tolist())  # numpy has no bfloat16
+    if any(other != firsts[0] for other in firsts):
         return _draw(loader, samples // processes + (rank < samples % processes), repeats)
     share = slice(rank * samples // processes, (rank + 1) * samples // processes)
     return (_part(sample, share) for sample in _draw(loader, samples, repeats))

@@ -103,6 +103,7 @@ class GradualPruning:
         self.whole = {"flops": count_macs(model, self.example), "params": count_params(model)}
         self.plans: list[PruningPlan] = []
         self.stage = 0
+        # Made for its checks alone: better told now than at the first stage.
         ModularityPruner(model, self.example, loader, **self.options, **self.budget)  # type: ignore[arg-type]
 
     def __call__(self, count: int, *optimizers: Optimizer) -> PruningPlan | None:

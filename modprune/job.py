@@ -28,7 +28,7 @@ from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
 from modprune.report import Report, compare
 from modprune.store import save
-from modprune.tracking import trackers
+from modprune.tracking import check_names, trackers
 
 
 def prune_job(
@@ -74,6 +74,7 @@ def prune_job(
     """
     out, device = Path(out), device_of(model)
     first, checkpoints = meet(device), out / "checkpoints"
+    check_names(log_with)
     if not resume:
         check_empty(checkpoints)  # before the minutes of measuring, not after
     budgets = {"flops": flops, "params": params, "blocks": blocks, "latency": latency, "width": width}

@@ -14,6 +14,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from modprune._files import write_text
 from modprune.finetune import Epoch
 
+KNOWN: dict[str, Any] = {str(kind): tracker for kind, tracker in LOGGER_TYPE_TO_CLASS.items()}
+
 
 @contextmanager
 def trackers(names: Sequence[str], folder: Path, arguments: Mapping[str, Any]) -> Iterator[Callable[[Epoch], None]]:
@@ -27,6 +29,7 @@ def trackers(names: Sequence[str], folder: Path, arguments: Mapping[str, Any]) -
     Raises:
         ValueError: for a name that accelerate does not know, or a tracker that is not installed.
     """
+    check_names(names)
     running = [_started(name, folder, arguments) for name in names]
     table = Metrics(folder / "metrics.csv")
 
@@ -44,13 +47,17 @@ def trackers(names: Sequence[str], folder: Path, arguments: Mapping[str, Any]) -
             tracker.finish()
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for a name that accelerate does not know."""
+    for name in names:
+        if name not in KNOWN:
+            raise ValueError(f"log_with={name!r}: accelerate has no such tracker: give some of {', '.join(KNOWN)}")
+
+
 def _started(name: str, folder: Path, arguments: Mapping[str, Any]) -> Any:
-    known = {str(kind): tracker for kind, tracker in LOGGER_TYPE_TO_CLASS.items()}
-    if name not in known:
-        raise ValueError(f"log_with={name!r}: accelerate has no such tracker: give some of {', '.join(known)}")
-    place = {"logging_dir": str(folder.parent)} if known[name].requires_logging_directory else {}
+    place = {"logging_dir": str(folder.parent)} if KNOWN[name].requires_logging_directory else {}
     try:
-        tracker = known[name](folder.name, **place)
+        tracker = KNOWN[name](folder.name, **place)
         tracker.start()
     except ImportError:
         raise ValueError(f"log_with={name!r} is not installed: pip install {name}") from None

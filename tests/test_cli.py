@@ -106,6 +106,11 @@ def test_criteria_are_those_of_the_library():
         (["blocks", "--model", "resnet57"], 2, "'resnet57' is unknown: give one of resnet20"),
         (["plan", "--model", "resnet20", "--weights", "w", "--flops", "1.5"], 2, "1.5 is no fraction"),
         (["curve", "--model", "resnet20", "--weights", "w", "--data", "x"], 2, "'x' is unknown: give one of cifar10"),
+        (
+            ["study", "curves", "--model", "x", "--weights", "w", "--out", "o"],
+            2,
+            "'x' is unknown: give one of resnet20",
+        ),
         (["plan", "--model", "resnet20", "--weights", "w"], 2, "say how much to remove"),
         (["plan", "--model", "resnet20", "--weights", "w", "--criterion", "q"], 2, "'q' is unknown: give one of modul"),
         (["plan", "--model", "resnet20", "--weights", "w", "--flops", "0.5"], 1, "modprune: w: no such file"),
@@ -125,6 +130,12 @@ def test_errors_are_one_line_with_the_right_code(arguments, code, message):
         lines = run(*arguments, check=code).stderr.splitlines()
         assert len(lines) == 1
         assert message in lines[0]
+
+
+def test_an_unknown_tracker_is_told_before_the_measuring(weights, tmp_path):
+    done = in_process(*prune(weights, tmp_path / "out", "--log-with", "chalk"))
+    assert "accelerate has no such tracker" in str(done.exception)
+    assert not (tmp_path / "out" / "plan.json").exists()
 
 
 def test_a_missing_data_folder_and_an_unwritable_one(weights, tmp_path):

@@ -1,10 +1,12 @@
-"""The real run, continued: the network of `resnet56_cifar10` learns once more, from three teachers at a lower rate.
+"""The real run, continued: the network of an earlier run learns once more, from three teachers at a lower rate.
 
-    python -m benchmarks.resnet56_again --data-dir DIR --weights FILE --teachers FILE FILE
+    python -m benchmarks.resnet56_again --data-dir DIR --weights FILE --teachers FILE FILE [--start NAME] [--name NAME]
+        [--width R]
 
 A student that has come as near to one teacher as it can still gains from the mean of several. Starts from
-benchmarks/results/resnet56-cifar10-first.safetensors. Resumable: the same command goes on where a killed one was. The
-weights are those of the last epoch; test images choose nothing.
+benchmarks/results/START.safetensors; with --width, torch-pruning first cuts that fraction of the channels inside the
+blocks that stay. Resumable: the same command goes on where a killed one was. The weights are those of the last epoch;
+test images choose nothing.
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ from torch import Tensor, nn
 
 from benchmarks._env import RESULTS, write_result
 from benchmarks.resnet56_cifar10 import BATCH, PAD
-from modprune import CachedTeacher, compare, finetune, load, load_weights, models, save
+from modprune import CachedTeacher, PruningPlan, compare, find_blocks, finetune, load, load_weights, models, save
 from modprune._memory import keep_freed_memory
 from modprune.checkpoints import states
 from modprune.data import ImageLoader, cifar10
 from modprune.finetune import Recipe
+from modprune.width import choose_cuts
 
 LR, LOOKS = 0.04, 2
-SEED = 1  # not the first run's: its augmentations would come again
+EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
 class Ensemble(nn.Module):
@@ -42,41 +45,53 @@ class Ensemble(nn.Module):
         return torch.stack([network(images) for network in self.networks]).mean(0)
 
 
-def main(data_dir: Path, weights: Path, teachers: Sequence[Path], out: Path, epochs: int) -> None:
-    """Run, and write benchmarks/results/resnet56-cifar10.json and the network."""
+def main(
+    data_dir: Path, weights: Path, teachers: Sequence[Path], start: str, name: str, width: float, epochs: int, seed: int
+) -> None:
+    """Run, and write benchmarks/results/NAME.json and the network."""
     keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_weights(models.resnet56(), weights).to(device)
-    pruned = load(RESULTS / "resnet56-cifar10-first.safetensors").to(device, memory_format=torch.channels_last)
+    pruned = narrowed(load(RESULTS / f"{start}.safetensors"), width)
+    pruned.to(device, memory_format=torch.channels_last)
     train, test = cifar10(data_dir, train=True), cifar10(data_dir, train=False)
     taught_by = Ensemble([public(path) for path in (weights, *teachers)]).to(device, memory_format=torch.channels_last)
-    recipe, checkpoints = Recipe(epochs=epochs, lr=LR), out / "checkpoints"
+    recipe, checkpoints = Recipe(epochs=epochs, lr=LR), Path("runs") / name / "checkpoints"
     history = finetune(
         pruned,
-        ImageLoader(train, BATCH, pad=PAD, shuffle=True, seed=SEED, device=device),
+        ImageLoader(train, BATCH, pad=PAD, shuffle=True, seed=seed, device=device),
         teacher=CachedTeacher(taught_by, len(train), LOOKS),
         checkpoints=checkpoints,
         resume=bool(states(checkpoints)),
         **asdict(recipe),
     )
     pruned.to(memory_format=torch.contiguous_format)
-    example = torch.zeros(1, 3, 32, 32, device=device)
-    report = compare(network, pruned, example, ImageLoader(test, 100, device=device))
+    report = compare(network, pruned, EXAMPLE.to(device), ImageLoader(test, 100, device=device))
     print(report)
-    save(pruned, RESULTS / "resnet56-cifar10.safetensors")
-    first = json.loads((RESULTS / "resnet56-cifar10-first.json").read_text())
+    save(pruned, RESULTS / f"{name}.safetensors")
     names = [path.name for path in (weights, *teachers)]
-    again = {
+    result = {
         "command": "python -m benchmarks.resnet56_again --data-dir DIR --weights FILE --teachers FILE FILE"
-        f" --epochs {epochs}",
+        f" --start {start} --name {name} --width {width} --epochs {epochs} --seed {seed}",
+        "start": start,
+        "width": width,
         "report": json.loads(report.to_json()),
         "recipe": {**asdict(recipe), "batch_size": BATCH, "pad": PAD, "teacher": f"mean of {names}, {LOOKS} looks"},
-        "trained_epochs": len(history),
-        "seed": SEED,
+        "seed": seed,
         "device": device,
+        "trained_epochs": len(history),
         "history": [asdict(epoch) for epoch in history],
     }
-    print(write_result("resnet56-cifar10", {**first, **again, "first_run": first}))
+    before = json.loads((RESULTS / f"{start}.json").read_text())
+    print(write_result(name, {**before, **result, "before": before}))
+
+
+def narrowed(network: nn.Module, width: float) -> nn.Module:
+    """`network`, in place, without that fraction of the channels inside its blocks."""
+    if not width:
+        return network
+    cuts = choose_cuts(network, find_blocks(network, EXAMPLE), EXAMPLE, width)
+    return PruningPlan((), width=cuts).apply(network, EXAMPLE)
 
 
 def public(path: Path) -> nn.Module:
@@ -89,6 +104,10 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds cifar-10-batches-py")
     parser.add_argument("--weights", type=Path, required=True, help="the public checkpoint of ResNet56")
     parser.add_argument("--teachers", type=Path, nargs="+", required=True, help="more public checkpoints")
-    parser.add_argument("--out", type=Path, default=Path("runs/resnet56-again"), help="folder to work in")
+    parser.add_argument("--start", default="resnet56-cifar10-first", help="result whose network learns once more")
+    parser.add_argument("--name", default="resnet56-cifar10", help="result to write, and folder in runs/ to work in")
+    parser.add_argument("--width", type=float, default=0.0, help="fraction of the channels inside blocks to cut first")
     parser.add_argument("--epochs", type=int, default=28, help="of fine-tuning")
+    # Another seed than that of the run before: its augmentations would come again.
+    parser.add_argument("--seed", type=int, default=1, help="of the augmentation")
     main(**vars(parser.parse_args()))

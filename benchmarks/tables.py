@@ -39,7 +39,7 @@ def load(name: str) -> dict[str, Any]:
 def headline() -> str:
     """Ours beside the published rows."""
     run = load("resnet56-cifar10")
-    first, report = run["first_run"], run["report"]
+    first, report = run["before"], run["report"]
     base, pruned = report["original"]["accuracy"]["top1"], report["pruned"]["accuracy"]["top1"]
     removed = 100 * report["params_removed"], 100 * report["flops_removed"]["fvcore"]
     lines = ["| method | Top-1 % | parameters removed % | FLOPs removed % |", "|---|---:|---:|---:|"]

@@ -14,10 +14,15 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def meet(device: torch.device) -> bool:
-    """Join the processes that `torchrun` or `accelerate launch` has started, if any; whether this one is the first."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=device.type == "cpu")
+def started() -> int:
+    """How many processes `torchrun` or `accelerate launch` has started, whether they have met or not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def meet(device: torch.device | str) -> bool:
+    """Join the processes that were started with this one, if any; whether this one is the first."""
+    if started() > 1:
+        PartialState(cpu=torch.device(device).type == "cpu")
     return place()[0] == 0
 
 

@@ -79,15 +79,22 @@ def curve(
     picture: Annotated[Path | None, typer.Option(help="Draw the curve to this PNG file as well.")] = None,
     json_: Json = None,
 ) -> None:  # fmt: skip
-    """Measure the modularity Q of every layer on training images: where the classes part, and where nothing happens."""
+    """Measure the modularity Q of every layer on training images: where the classes part, and where nothing happens.
+
+    Started by torchrun or accelerate launch, the processes share the work.
+    """
     from modprune import modularity_curve
+    from modprune._processes import meet
     from modprune.data import ImageLoader
     from modprune.picture import save_picture
     from modprune.specs import load_data
 
+    first = meet(pick_device(device))
     network, train = load_network(model, weights, device, data), load_data(data, data_dir, train=True)
     loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=pick_device(device))
     result = modularity_curve(network, loader, k, samples, repeats)
+    if not first:
+        return
     flat, falling = result.plateaus(), result.degradations()
     print(f"{'layer':<12} {'Q':>8} {'spread':>8} {'gain':>8}")
     gains = [None, *result.gain]
@@ -106,14 +113,19 @@ def plan(
     params: Params = None, count: Count = None, latency: Latency = None, width: Width = None,
     criterion: Criterion = "modularity", seed: Seed = 0, device: Device = "auto", json_: Json = None,
 ) -> None:  # fmt: skip
-    """Choose the blocks to remove; nothing is changed. The JSON is the plan that PruningPlan.from_json reads."""
+    """Choose the blocks to remove; nothing is changed. The JSON is the plan that PruningPlan.from_json reads.
+
+    Started by torchrun or accelerate launch, the processes share the work.
+    """
     import torch
 
     from modprune import ModularityPruner
+    from modprune._processes import meet
     from modprune.data import ImageLoader
     from modprune.specs import load_data
 
     _need_budget(flops, params, count, latency)
+    first = meet(pick_device(device))
     network, train = load_network(model, weights, device, data), load_data(data, data_dir, train=True)
     loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=pick_device(device))
     example = torch.zeros(1, *train.images.shape[1:])
@@ -122,6 +134,8 @@ def plan(
         flops=flops, params=params, blocks=count, latency=latency, width=width,
     )  # fmt: skip
     chosen = pruner.plan()
+    if not first:
+        return
     for name, score in chosen.scores.items():
         print(f"{name:<12} {score:+.4f}  {'remove' if name in chosen.remove else ''}".rstrip())
     freed = chosen.freed

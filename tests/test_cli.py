@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
@@ -194,18 +195,39 @@ def test_processes_of_torchrun_share_the_work_and_one_writes(weights, tmp_path):
         "    return replace(data, images=torch.cat([data.images, 255 - data.images]), labels=data.labels.repeat(2))"
     )
     shared = ["--model", "resnet20", "--weights", weights, "--data", f"{tmp_path}/many.py:many", "--blocks", 2]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "modprune"]
-    arguments = ["prune", *shared, "--epochs", 1, "--out", tmp_path / "out"]
-    done = subprocess.run([*launch, *map(str, arguments)], env=ENV, capture_output=True, text=True, check=False)
+    commands = [
+        ["curve", *shared[:-2], "--json", tmp_path / "curve.json"],
+        ["plan", *shared, "--json", tmp_path / "plan.json"],
+        ["prune", *shared, "--epochs", 1, "--out", tmp_path / "out"],
+    ]
+    (tmp_path / "each.py").write_text(
+        "import json, sys\nfrom modprune.cli import app\n"
+        "for command in json.loads(sys.argv[1]):\n    app(command, standalone_mode=False)"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    texts = json.dumps([[str(word) for word in command] for command in commands])
+    each = [*launch, str(tmp_path / "each.py"), texts]
+    done = subprocess.run(each, env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Written to") == 1
-    plan, one = PruningPlan.from_json(tmp_path / "out" / "plan.json"), tmp_path / "one.json"
-    assert in_process("plan", *shared, "--json", one).exit_code == 0
-    assert plan.remove == PruningPlan.from_json(one).remove
-    assert plan.scores == pytest.approx(PruningPlan.from_json(one).scores, abs=1e-6)
+    assert [done.stdout.count(once) for once in ("Written to", "2 blocks go", "spread")] == [1, 1, 1]
+    assert in_process("curve", *shared[:-2], "--json", tmp_path / "one.json").exit_code == 0
+    both, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("curve", "one"))
+    assert np.allclose(both["q"], one["q"], atol=1e-6)
+    plan = PruningPlan.from_json(tmp_path / "out" / "plan.json")
+    assert plan == PruningPlan.from_json(tmp_path / "plan.json")
+    assert np.allclose(list(plan.scores.values()), np.diff(np.mean(one["q"], 0)), atol=1e-6)
     assert len((tmp_path / "out" / "metrics.csv").read_text().splitlines()) == 2
     assert count_params(load(tmp_path / "out" / "model.safetensors")) < count_params(resnet20())
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_study_under_a_launcher_is_refused(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = ["--model", "resnet20", "--weights", weights, "--data", "digits", "--out", tmp_path / "out"]
+    done = in_process("study", "difference", *shared)
+    assert done.exit_code == 1
+    assert str(done.exception) == "2 processes were started, and a study runs in one: start it without a launcher"
+    assert not (tmp_path / "out").exists()
 
 
 STUDIES = {

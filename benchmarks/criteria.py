@@ -22,16 +22,23 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from benchmarks._env import RESULTS, write_result
-from modprune import CachedTeacher, ModularityPruner, PruningPlan, evaluate, find_blocks, finetune, load_weights
+from modprune import CachedTeacher, ModularityPruner, PruningPlan, evaluate, finetune, load_weights
 from modprune._memory import keep_freed_memory
 from modprune.blocks import Blocks
-from modprune.criteria import CRITERIA, BlockScores
+from modprune.criteria import CRITERIA, BlockScores, Criterion, Modularity, ModularityDrop
 from modprune.data import ImageData, ImageLoader, cifar10
 from modprune.models import resnet56
 
 REMOVED = (0.30, 0.45, 0.60, 0.75)
 SEED, CALIBRATION, RECALIBRATION = 0, 10_000, 2_000
 EXAMPLE = torch.zeros(1, 3, 32, 32)
+# By name: what scores the blocks, and in how many stages, the network measured anew before each.
+CONTENDERS: dict[str, tuple[Criterion, int]] = {
+    **{name: (make(), 1) for name, make in CRITERIA.items()},
+    "modularity, N = 2,000": (Modularity(samples=2000), 1),
+    "modularity, 4 stages": (Modularity(), 4),
+    "modularity_drop, 4 stages": (ModularityDrop(), 4),
+}
 
 
 def main(data_dir: Path, weights: Path, epochs: int, seeds: Sequence[int]) -> None:
@@ -41,7 +48,7 @@ def main(data_dir: Path, weights: Path, epochs: int, seeds: Sequence[int]) -> No
     train, test = cifar10(data_dir, train=True), cifar10(data_dir, train=False)
     path = RESULTS / "criteria.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    for name in CRITERIA:
+    for name in CONTENDERS:
         if len([row for row in rows if row["criterion"] == name]) < len(REMOVED):
             rows = [row for row in rows if row["criterion"] != name] + cuts(network, train, test, name)
             store(weights, rows)
@@ -54,31 +61,42 @@ def main(data_dir: Path, weights: Path, epochs: int, seeds: Sequence[int]) -> No
 
 
 def cuts(network: nn.Module, train: ImageData, test: ImageData, name: str) -> list[dict[str, Any]]:
-    """The rows of one criterion: its scores are measured once for all budgets."""
+    """The rows of one criterion."""
     loader = ImageLoader(train.subset(torch.arange(CALIBRATION)), 100, shuffle=True, seed=SEED)
-    started = time.perf_counter()
-    scores = CRITERIA[name]()(network, find_blocks(network, EXAMPLE), loader)
-    seconds, rows = time.perf_counter() - started, []
+    criterion, stages = CONTENDERS[name]
+    measure, rows = Once(criterion), []
     for flops in REMOVED:
-
-        def measured(model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
-            return scores
-
-        plan = ModularityPruner(network, EXAMPLE, loader, measured, flops=flops).plan()
+        plan = ModularityPruner(network, EXAMPLE, loader, measure, flops=flops, iterative_steps=stages).plan()
         pruned = plan.apply(copy.deepcopy(network))
         row: dict[str, Any] = {
             "criterion": name,
             "asked": flops,
             "freed": dict(plan.freed),
             "removed": list(plan.remove),
-            "scores": scores.mean,
-            "scoring_seconds": seconds,
+            "scores": dict(plan.scores),
+            "scoring_seconds": measure.seconds,
             "top1_at_once": top1(pruned, test),
         }
         update_bn((images for images, *_ in ImageLoader(train.subset(torch.arange(RECALIBRATION)), 100)), pruned)
         rows.append(row | {"top1_with_new_batch_norm": top1(pruned, test), "finetuned": {}})
         print(name, flops, row["top1_at_once"], rows[-1]["top1_with_new_batch_norm"], flush=True)
     return rows
+
+
+class Once:
+    """A criterion that measures once what is left of the network, for all budgets; `seconds` is what the whole took."""
+
+    def __init__(self, criterion: Criterion) -> None:
+        self.criterion, self.seconds = criterion, 0.0
+        self.known: dict[tuple[str, ...], BlockScores] = {}
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+        """Scores of `blocks`."""
+        if blocks.names not in self.known:
+            started = time.perf_counter()
+            self.known[blocks.names] = self.criterion(model, blocks, loader)
+            self.seconds = self.seconds or time.perf_counter() - started
+        return self.known[blocks.names]
 
 
 def recovered(

@@ -18,8 +18,8 @@ MODEL_NAMES = (
 )
 DATA_NAMES = ("cifar10", "cifar100", "digits")
 CRITERION_NAMES = (
-    *("modularity", "linear_probe", "dbp", "cka", "block_influence", "ablation", "taylor", "l1_norm", "bn_scale"),
-    *("consensus", "random"),
+    *("modularity", "modularity_drop", "linear_probe", "dbp", "cka", "block_influence", "ablation", "taylor"),
+    *("l1_norm", "bn_scale", "consensus", "random"),
 )
 
 

@@ -7,9 +7,10 @@ fields: `Modularity(samples=200)`; by name they come with their defaults.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from modprune._autograd import traceable
 from modprune._inputs import evaluating, take
 from modprune.blocks import Blocks
 from modprune.bypass import bypassed
-from modprune.curve import ModularityCurve, modularity_curve, points
+from modprune.curve import ModularityCurve, modularity_curve, points, q_of
 from modprune.evaluate import evaluate, logits_and_labels
-from modprune.features import Sample, draw, pairs, pooled
+from modprune.features import LayerGrams, Sample, draw, pairs, pooled
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,28 @@ class Modularity:
         """(repeats, blocks): each repeat from samples of its own."""
         curve = modularity_curve(model, loader, self.k, self.samples, self.repeats, blocks=blocks)
         return BlockScores(blocks.names, np.diff(curve.q, axis=1), curve)
+
+
+@dataclass(frozen=True)
+class ModularityDrop:
+    """How far Q of the last block's output falls when the block is left out, and nothing is trained after it.
+
+    `Modularity` asks what the block itself does, this what the rest of the network makes of its absence. Ours: the Q of
+    Lu et al. (ECCV 2022) under the question of `Ablation`.
+    """
+
+    k: int = 3
+    samples: int = 500
+    repeats: int = 1
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+        """(repeats, blocks): each repeat from samples of its own."""
+        end = LayerGrams(model, blocks.names[-1:])
+        values = []
+        for sample in _drawn(model, loader, self.samples, self.repeats):
+            (whole,) = q_of(end, sample, self.k)
+            values.append([whole - q for (q,) in _without_each(model, blocks, partial(q_of, end, sample, self.k))])
+        return BlockScores(blocks.names, np.array(values))
 
 
 @dataclass(frozen=True)
@@ -150,11 +175,9 @@ class Ablation:
         """(repeats, blocks): each repeat from samples of its own."""
         values = []
         for sample in _drawn(model, loader, self.samples, self.repeats):
-            whole, row = evaluate(model, sample).loss, []
-            for block in blocks:
-                with bypassed(model, block.name, block.kind, block.outputs):
-                    row.append(evaluate(model, sample).loss - whole)
-            values.append(row)
+            whole = evaluate(model, sample).loss
+            without = _without_each(model, blocks, partial(evaluate, model, sample))
+            values.append([evaluation.loss - whole for evaluation in without])
         return BlockScores(blocks.names, np.array(values))
 
 
@@ -245,6 +268,7 @@ class Consensus:
 
 CRITERIA: dict[str, Callable[[], Criterion]] = {
     "modularity": Modularity,
+    "modularity_drop": ModularityDrop,
     "linear_probe": LinearProbe,
     "dbp": Dbp,
     "cka": Cka,
@@ -329,6 +353,13 @@ def _along_points(
         features = pooled(model, layers, sample)
         values.append([accuracy(features[layer].numpy(), labels) for layer in layers])
     return BlockScores(blocks.names, np.diff(np.array(values), axis=1))
+
+
+def _without_each(model: nn.Module, blocks: Blocks, measure: Callable[[], T]) -> Iterator[T]:
+    """What is measured while each of the blocks is left out."""
+    for block in blocks:
+        with bypassed(model, block.name, block.kind, block.outputs):
+            yield measure()
 
 
 def _drawn(model: nn.Module, loader: Iterable[Any], samples: int, repeats: int) -> list[Sample]:

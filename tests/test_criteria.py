@@ -24,6 +24,7 @@ from modprune.criteria import (
     L1Norm,
     LinearProbe,
     Modularity,
+    ModularityDrop,
     Random,
     Taylor,
     linear_cka,
@@ -185,6 +186,21 @@ def test_ablation_is_the_loss_after_surgery(make, size):
     for block in blocks:
         cut = remove_blocks(copy.deepcopy(model), [block.name], kinds=[block.kind])
         assert scores[block.name] == pytest.approx(evaluate(cut, loader).loss - evaluate(model, loader).loss, abs=1e-9)
+
+
+def test_the_drop_of_modularity_is_that_at_the_end_after_surgery():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10)
+    loader = [(torch.randn(60, 3, 32, 32), torch.arange(60) % 3)]
+    blocks = find_blocks(model, loader[0][0][:1])
+    scores = ModularityDrop(samples=60)(model, blocks, loader).mean
+
+    def q_at_the_end(network):
+        return modularity_curve(network, loader, samples=60, repeats=1, layers=["layer4.1"]).q.item()
+
+    for block in blocks:
+        cut = remove_blocks(copy.deepcopy(model), [block.name], kinds=[block.kind])
+        assert scores[block.name] == pytest.approx(q_at_the_end(model) - q_at_the_end(cut), abs=1e-12)
 
 
 def test_taylor_is_the_slope_of_the_loss_as_the_block_shrinks():

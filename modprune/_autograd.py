@@ -26,6 +26,9 @@ LAYOUT = (
 )
 NORMS = ("NativeLayerNorm", "RmsNorm", "FusedRmsNorm")
 
+# What a value is made from, as bits: parameters, the value that a walk starts from.
+_LEARNED, _FROM_START = 1, 2
+
 _TORCHS_OWN = frozenset(vars(nn.Module()))
 
 Edge = tuple[Any, int]
@@ -240,7 +243,7 @@ def identity_path(end: Edge, start: Edge, without: Collection[Any] = ()) -> str:
         "branch" if it is learned and made from `start`, "other" if it is learned but not from `start`, "" if neither.
     """
     seen, stack, best = set(), [(end, 0, False)], 0
-    makings: dict[Any, tuple[bool, bool]] = {}
+    known: dict[Any, int] = {}
     while stack:
         step = here, added, normed = stack.pop()
         if here == start and not normed:
@@ -253,42 +256,35 @@ def identity_path(end: Edge, start: Edge, without: Collection[Any] = ()) -> str:
         if not is_any(here[0], SUMS):
             stack.append((inputs[0], added, normed or is_any(here[0], NORMS)))
             continue
-        makings = makings or _makings(end[0], start)
         for i in _unscaled(here[0]):
-            others = [node for j, (node, _) in enumerate(inputs) if j != i and node is not None]
-            made = [(False, True) if node is start[0] else makings[node] for node in others]
-            gains = [1 + from_start for learned, from_start in made if learned and here[0] not in without]
+            others = [node for j, (node, _) in enumerate(inputs) if j != i and node not in (None, start[0])]
+            made = [_making(node, start, known) for node in others if here[0] not in without]
+            gains = [1 + bool(bits & _FROM_START) for bits in made if bits & _LEARNED]
             stack.append((inputs[i], max([added, *gains]), False))
     return ("", "other", "branch")[best]
 
 
-def _makings(end: Any, start: Edge) -> dict[Any, tuple[bool, bool]]:
-    """For each node from `end` back to `start`: whether it is made from parameters, and whether from `start`'s node."""
-    used_by: dict[Any, list[Any]] = {}
-    seen, stack = {end}, [end]
+def _making(node: Any, start: Edge, known: dict[Any, int]) -> int:
+    """What a node is made from, as bits: parameters, `start`. What comes to light of others goes to `known`."""
+    stack = [node]
     while stack:
-        node = stack.pop()
-        for following in node.next_functions:
-            if following[0] is None:
-                continue
-            # By another output than `start` one gets to what its node is made from.
-            used_by.setdefault(following if following == start else following[0], []).append(node)
-            if following != start and following[0] not in seen:
-                seen.add(following[0])
-                stack.append(following[0])
-    learned = _reached([node for node in seen if hasattr(node, "variable")], used_by)
-    from_start = _reached([start, start[0]], used_by)
-    return {node: (node in learned, node in from_start) for node in seen}
-
-
-def _reached(begin: list[Any], following: dict[Any, list[Any]]) -> set[Any]:
-    """The nodes at which one arrives from those given."""
-    seen, stack = set(begin), begin
-    while stack:
-        new = [node for node in following.get(stack.pop(), ()) if node not in seen]
-        seen.update(new)
-        stack += new
-    return seen
+        here = stack[-1]
+        bits, unknown = known.get(here, _LEARNED if hasattr(here, "variable") else 0), []
+        if not bits:
+            for following in here.next_functions:
+                # By another output than `start` one gets to what its node is made from.
+                if following == start:
+                    bits |= _FROM_START
+                elif following[0] in known:
+                    bits |= known[following[0]]
+                elif following[0] is not None:
+                    unknown.append(following[0])
+        if unknown and bits != _LEARNED | _FROM_START:
+            stack += unknown
+        else:
+            known[here] = bits
+            stack.pop()
+    return known[node]
 
 
 def _unscaled(node: Any) -> tuple[int, ...]:

@@ -35,6 +35,12 @@ def network(name: str) -> list[str]:
     return ["--model", name, "--weights", f"WEIGHTS/{WEIGHTS[name]}"]
 
 
+def trained(name: str) -> list[str]:
+    """The options that name a network which one of the runs trains."""
+    weights = f"benchmarks/paper/training-{name}/model.safetensors"
+    return ["--model", f"benchmarks/paper_networks.py:{name}", "--weights", weights]
+
+
 RUNS: dict[str, list[str]] = {
     "curves": ["curves", *network("resnet20"), *network("resnet32"), *network("resnet56")],
     "separation": ["separation", *network("resnet20")],
@@ -46,6 +52,8 @@ RUNS: dict[str, list[str]] = {
     "training-vgg11": ["training", "--model", "benchmarks/paper_networks.py:vgg11", "--epochs", "10"],
     "training-vgg16": ["training", "--model", "benchmarks/paper_networks.py:vgg16", "--epochs", "10"],
     "training-resnet18": ["training", "--model", "benchmarks/paper_networks.py:resnet18", "--epochs", "10"],
+    "curves-vgg": ["curves", *trained("vgg11"), *trained("vgg16")],
+    "separation-vgg11": ["separation", *trained("vgg11")],
 }
 
 

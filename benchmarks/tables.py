@@ -27,6 +27,7 @@ removed: the forward pass with the same output shapes, saving and loading bit fo
 counted by hand from the papers beforehand. Last, the time of `find_blocks` in ms, and as a share of three forward
 passes and one build of the dependency graph. *neither*: the unpruned network cannot do it either; *no*: see below the
 table. By `python -m benchmarks.zoo`."""
+PRUNED = ("unpruned", "depth", "width")
 STEPS = ("forward", "round_trip", "width", "pruner", "gradients", "depgraph", "compile", "export", "onnx")
 
 
@@ -95,20 +96,49 @@ def speed() -> str:
 
 
 def clock() -> str:
-    """How many times as fast as the unpruned network depth and width make it, at equal MACs."""
+    """How many times as fast as the unpruned network depth and width make ResNet56, at equal MACs."""
     run = load("latency")
-    lines = ["| network | batch | ideal, by MACs | blocks removed | channels removed |", "|---|---:|---:|---:|---:|"]
+    row = run["networks"]["resnet56"]["eager"]
+    lines = [_row(["batch", "ideal, by MACs", "blocks removed", "channels removed"]), _row(["---:"] * 4)]
+    lines += [_row([batch, *_speed_ups(row, cell)]) for batch, cell in row["batches"].items()]
+    return "\n".join([*lines, "", f"Medians of passes in turns; {_machine(run)}."])
+
+
+def clocks() -> str:
+    """The same of every network, eager and compiled, with throughput and memory."""
+    run = load("latency")
+    head = ["network", "batch", "ideal", "blocks", "channels", "images/s", "peak memory, MiB"]
+    lines = [_row(head), _row(["---", *["---:"] * 6])]
     for name, modes in run["networks"].items():
         for mode, row in modes.items():
-            share = {key: value / row["macs"]["unpruned"] for key, value in row["macs"].items()}
             for batch, cell in row["batches"].items():
-                speed = [f"{cell['speed_up'][key]:.2f}x" for key in ("depth", "width")]
-                ideal = f"{1 / share['depth']:.2f}x"
-                lines.append(f"| {name}, {mode} | {batch} | {ideal} | **{speed[0]}** | {speed[1]} |")
-            lines.append(f"| MACs left | | | {share['depth']:.1%} | {share['width']:.1%} |")
-    machine = run["environment"]
-    note = f"Medians of passes in turns; {machine['cpu']}, {machine['threads']} threads."
+                throughput = " / ".join(f"{int(batch) / cell['seconds'][key]:,.0f}" for key in PRUNED)
+                memory = " / ".join(f"{cell['peak_mib'][key]:,.0f}" for key in PRUNED)
+                lines.append(_row([f"{name}, {mode}", batch, *_speed_ups(row, cell), throughput, memory]))
+    left = [f"{name} {_macs_left(row, 'depth'):.1%} and {_macs_left(row, 'width'):.1%}" for name, row in _eager(run)]
+    note = (
+        "Images/s and memory: unpruned / blocks / channels removed. MACs left by blocks and by channels: "
+        f"{', '.join(left)}. Medians of passes in turns; {_machine(run)}."
+    )
     return "\n".join([*lines, "", note])
+
+
+def _eager(run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, modes["eager"]) for name, modes in run["networks"].items()]
+
+
+def _macs_left(row: dict[str, Any], key: str) -> float:
+    return float(row["macs"][key] / row["macs"]["unpruned"])
+
+
+def _speed_ups(row: dict[str, Any], cell: dict[str, Any]) -> list[str]:
+    """The most that the MACs allow, what depth gives, what width gives."""
+    depth, width = (f"{cell['speed_up'][key]:.2f}x" for key in ("depth", "width"))
+    return [f"{1 / _macs_left(row, 'depth'):.2f}x", f"**{depth}**", width]
+
+
+def _machine(run: dict[str, Any]) -> str:
+    return f"{run['environment']['cpu']}, {run['environment']['threads']} threads"
 
 
 def criteria() -> str:
@@ -161,6 +191,7 @@ def arithmetic() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "clock": clock,
+    "clocks": clocks,
     "speed": speed,
     "criteria": criteria,
     "scale": scale,

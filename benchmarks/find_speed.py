@@ -65,10 +65,8 @@ def main() -> None:
         networks[spec] = partial(build_model, spec), torch.randn(1, 3, size, size)
     for name, (build, inputs) in networks.items():
         torch.manual_seed(0)
-        row: dict[str, Any] = {"network": name, **times(build().eval(), inputs)}
-        row["ratio"] = row["find_seconds"] / (3 * row["forward_seconds"] + (row["depgraph_seconds"] or 0.0))
-        rows.append(row)
-        print(row, flush=True)
+        rows.append({"network": name, **times(build().eval(), inputs)})
+        print(rows[-1], flush=True)
     print(write_result("find-speed", {"command": "python -m benchmarks.find_speed", "networks": rows}))
 
 

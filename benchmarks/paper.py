@@ -54,6 +54,7 @@ RUNS: dict[str, list[str]] = {
     "training-resnet18": ["training", "--model", "benchmarks/paper_networks.py:resnet18", "--epochs", "10"],
     "curves-vgg": ["curves", *trained("vgg11"), *trained("vgg16")],
     "separation-vgg11": ["separation", *trained("vgg11")],
+    "redundancy-vgg11": ["redundancy", *trained("vgg11"), "--cuts", "2", "--epochs", "1"],
 }
 
 

@@ -27,13 +27,18 @@ from modprune.evaluate import evaluate
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch measured: mean loss, rate at its end, images per second, and Top-1 in percent if validated."""
+    """What one epoch measured: mean loss, rate at its end, images per second, and Top-1 in percent.
+
+    `top1` is that of the validation images, if there are any; `train_top1` that of the training images as they came,
+    augmented, if they have labels.
+    """
 
     epoch: int
     loss: float
     lr: float
     images_per_second: float
     top1: float | None = None
+    train_top1: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,14 +133,14 @@ def finetune(
             save_state(run.accelerator, folder, 0)  # for the first epoch to go back to
         while (epoch := len(run.history)) < constants.epochs:
             try:
-                loss, speed = run.epoch(epoch, teach, progress)
+                loss, right, speed = run.epoch(epoch, teach, progress)
             except Diverged:
                 if folder is None or run.halved == halvings:
                     raise
                 run.go_back(folder)
                 continue
             top1 = evaluate(model, val_loader).top1 if val_loader is not None else None
-            run.history.append(Epoch(epoch + 1, loss, float(run.schedule.get_last_lr()[0]), speed, top1))
+            run.history.append(Epoch(epoch + 1, loss, run.rate, speed, top1, right))
             if after_epoch is not None:
                 after_epoch(run.history[-1])
             if folder is not None:
@@ -188,14 +193,18 @@ class _Run:
             group["lr"] *= 0.5 ** (halved - self.halved)
         self.halved = halved
 
-    def epoch(self, epoch: int, teach: Teacher | None, progress: bool) -> tuple[float, float]:
-        """One pass over the data: mean loss, and images per second over all processes."""
+    @property
+    def rate(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def epoch(self, epoch: int, teach: Teacher | None, progress: bool) -> tuple[float, float | None, float]:
+        """One pass over the data: mean loss, Top-1 in percent, and images per second over all processes."""
         self.model.train()
         set_epoch(self.loader, epoch)
         title = f"epoch {epoch + 1}/{self.recipe.epochs}"
         quiet = not (progress and self.accelerator.is_main_process)
         bar = tqdm(self.loader, title, self.steps, leave=False, disable=quiet)
-        losses, seen, started = _Losses(title, bar, self.accelerator), 0, time.perf_counter()
+        means, seen, started = _Means(title, self.accelerator), 0, time.perf_counter()
         for batch in bar:
             batch = to_device(batch, self.device)
             inputs, labels = split_batch(batch)
@@ -206,9 +215,13 @@ class _Run:
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
-            losses.add(loss.detach())
-            seen += len(logits)
-        return losses.mean(), seen * self.accelerator.num_processes / (time.perf_counter() - started)
+            means.add(loss.detach(), _share_right(logits.detach(), labels))
+            seen += len(logits) * self.accelerator.num_processes
+            if means.due:
+                top1 = {} if means.top1() is None else {"top1": f"{means.top1():.1f}"}
+                speed = f"{seen / (time.perf_counter() - started):.0f}/s"
+                bar.set_postfix({"loss": f"{means.loss():.3f}", **top1, "lr": f"{self.rate:.4f}", "images": speed})
+        return means.loss(), means.top1(), seen / (time.perf_counter() - started)
 
     def state_dict(self) -> dict[str, Any]:
         said = self.cached.state_dict() if self.cached else None
@@ -234,29 +247,52 @@ def _steps(loader: Iterable[Any]) -> int:
     return len(loader)
 
 
-class _Losses:
-    """Losses of an epoch, each the mean over the processes. Read in one go now and then: each read stalls a device."""
+class _Means:
+    """Loss and share of right answers, step by step, each the mean over the processes.
+
+    Read in one go now and then: each read stalls a device.
+    """
 
     every = 25
 
-    def __init__(self, title: str, bar: Any, accelerator: Accelerator) -> None:
-        self.title, self.bar, self.accelerator = title, bar, accelerator
+    def __init__(self, title: str, accelerator: Accelerator) -> None:
+        self.title, self.accelerator = title, accelerator
         self.pending: list[Tensor] = []
-        self.values: list[float] = []
+        self.losses: list[float] = []
+        self.right: list[float] = []
 
-    def add(self, loss: Tensor) -> None:
-        self.pending.append(loss)
-        if len(self.pending) == self.every:
-            self.bar.set_postfix(loss=f"{self.mean():.3f}")
+    def add(self, loss: Tensor, right: Tensor) -> None:
+        self.pending.append(torch.stack([loss, right]))
 
-    def mean(self) -> float:
+    @property
+    def due(self) -> bool:
+        return len(self.pending) == self.every
+
+    def loss(self) -> float:
+        self._read()
+        return math.fsum(self.losses) / len(self.losses)
+
+    def top1(self) -> float | None:
+        """In percent; None without labels."""
+        self._read()
+        mean = 100 * math.fsum(self.right) / len(self.right)
+        return mean if math.isfinite(mean) else None
+
+    def _read(self) -> None:
         new = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
-        for step, loss in enumerate(new, len(self.values) + 1):
+        for step, (loss, right) in enumerate(new, len(self.losses) + 1):
             if not math.isfinite(loss):
                 raise Diverged(f"{self.title}, step {step}: the loss is {loss}; try a lower lr")
+            self.losses.append(loss)
+            self.right.append(right)
         self.pending.clear()
-        self.values += new
-        return math.fsum(self.values) / len(self.values)
+
+
+def _share_right(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """The share of (B,) labels that logits (B, classes) get right; NaN without such labels."""
+    if labels is None or labels.shape != logits.shape[:1] or logits.ndim != 2:
+        return torch.full((), math.nan, device=logits.device)
+    return (logits.argmax(1) == labels).float().mean()
 
 
 def warmup_cosine(step: int, warmup: float, total: int) -> float:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -37,17 +37,30 @@ LOOK = 25  # steps between looks at the loss, each of which an accelerator has t
 
 
 class Images(ImageFolder):
-    """An image folder that names a file which cannot be read, and gives the next image in its place."""
+    """An image folder whose unreadable files are named, counted in `unread` and left out by `together`."""
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """An image and its class."""
-        for at in range(index, index + len(self)):
-            path, label = self.samples[at % len(self)]
-            try:
-                return self.transform(self.loader(path)), label
-            except OSError as error:
+    def __init__(self, root: Path, transform: v2.Compose) -> None:
+        super().__init__(root, transform)
+        self.unread = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # the workers of a loader share it
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | None:
+        """An image and its class, or None."""
+        path, label = self.samples[index]
+        try:
+            return self.transform(self.loader(path)), label
+        except OSError as error:
+            if not self.unread[index]:
                 print(f"skipped {path}: {str(error).splitlines()[0]}", file=sys.stderr)
-        raise OSError(f"{self.root}: no image can be read")
+            self.unread[index] = True
+            return None
+
+
+def together(samples: list[tuple[torch.Tensor, int] | None]) -> list[torch.Tensor]:
+    """A batch of the images that could be read."""
+    read = [sample for sample in samples if sample is not None]
+    if not read:
+        raise OSError(f"none of the {len(samples)} images of a batch can be read")
+    return default_collate(read)
 
 
 def pretrained(spec: str, weights: str) -> torch.nn.Module:
@@ -71,7 +84,7 @@ def main(arguments: argparse.Namespace) -> None:
     teacher = pretrained(arguments.model, arguments.weights).to(accelerator.device).eval()
     train = Images(arguments.data_dir / "train", TRAIN)
     plain, test = Images(arguments.data_dir / "train", TEST), Images(arguments.data_dir / "val", TEST)
-    options = {"batch_size": arguments.batch_size, "num_workers": arguments.workers}
+    options = {"batch_size": arguments.batch_size, "num_workers": arguments.workers, "collate_fn": together}
     seeded = torch.Generator().manual_seed(arguments.seed)
     calibration = DataLoader(plain, shuffle=True, generator=seeded, **options)
     train_loader = accelerator.prepare(DataLoader(train, shuffle=True, drop_last=True, **options))
@@ -123,6 +136,8 @@ def main(arguments: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             print(f"epoch {epoch + 1}: Top-1 of the average {modprune.evaluate(ema.module, test_loader).top1:.2f} %")
 
+    unread = [accelerator.reduce(data.unread.int().to(accelerator.device)) for data in (train, test)]
+    accelerator.print(f"unreadable images left out: {sum(int((by > 0).sum()) for by in unread)}")
     if accelerator.is_main_process:
         report = modprune.compare(teacher, ema.module, example, test_loader)
         print(report)

@@ -49,6 +49,20 @@ def test_it_learns_and_returns_what_it_measured():
     assert "forward" not in model.__dict__
 
 
+def test_the_bar_and_the_epochs_tell_the_accuracy_on_the_batches_as_they_came(capsys):
+    model = network()
+    batches = [(images, labels) for images, labels, _ in ImageLoader(DATA, 8)][:30]
+    twin = copy.deepcopy(model).train()
+    right = [(twin(images).argmax(1) == labels).float().mean().item() for images, labels in batches]
+    (epoch,) = finetune(model, batches, epochs=1, lr=0.0)
+    assert epoch.train_top1 == pytest.approx(100 * sum(right) / len(right))
+    shown = capsys.readouterr().err
+    assert f"top1={100 * sum(right[:25]) / 25:.1f}, lr=0.0000, images=" in shown
+    (epoch,) = finetune(model, [{"x": images} for images, _ in batches], teacher=twin, epochs=1, distill=1.0)
+    assert epoch.train_top1 is None
+    assert "top1=" not in capsys.readouterr().err
+
+
 def test_the_rate_rises_then_falls_to_zero():
     rates = [warmup_cosine(step, 10, 100) for step in range(101)]
     assert rates[:10] == sorted(rates[:10])

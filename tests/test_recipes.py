@@ -84,6 +84,7 @@ def test_imagenet(tmp_path):
         )
         assert done.returncode == 0, done.stderr
     assert f"skipped {broken}" in done.stderr
+    assert "\nunreadable images left out: 1\n" in done.stdout
     assert done.stdout.count("epoch 2: Top-1") == 1
     assert "epoch 1: Top-1" not in done.stdout
     assert json.loads((tmp_path / "out" / "report.json").read_text())["flops_removed"]["modprune"] >= 0.1

@@ -28,6 +28,7 @@ counted by hand from the papers beforehand. Last, the time of `find_blocks` in m
 passes and one build of the dependency graph. *neither*: the unpruned network cannot do it either; *no*: see below the
 table. By `python -m benchmarks.zoo`."""
 PRUNED = ("unpruned", "depth", "width")
+SHOWN_LEFT = 0.60  # the budget at which the blocks left are shown
 STEPS = ("forward", "round_trip", "width", "pruner", "gradients", "depgraph", "compile", "export", "onnx")
 
 
@@ -145,12 +146,20 @@ def criteria() -> str:
     """For every criterion and budget, what ResNet56 keeps of its Top-1."""
     rows = load("criteria")["rows"]
     budgets = sorted({row["asked"] for row in rows})
-    head = ["criterion", *(f"{budget:.0%} of the MACs" for budget in budgets)]
-    lines = [_row(head), _row(["---", *["---:"] * len(budgets)])]
-    for name in dict.fromkeys(row["criterion"] for row in rows):
-        cells = {row["asked"]: row for row in rows if row["criterion"] == name}
-        lines.append(_row([f"`{name}`", *(_recovery(cells[budget]) for budget in budgets)]))
+    head = ["criterion", *(f"{budget:.0%} of the MACs" for budget in budgets), f"blocks left, {SHOWN_LEFT:.0%}"]
+    lines = [_row(head), _row(["---", *["---:"] * len(budgets), "---"])]
+    by_name = {row["criterion"]: {r["asked"]: r for r in rows if r["criterion"] == row["criterion"]} for row in rows}
+    for name, cells in by_name.items():
+        left = _left_by_stage(cells[SHOWN_LEFT])
+        lines.append(_row([f"`{name}`", *(_recovery(cells[budget]) for budget in budgets), left]))
     return "\n".join(lines)
+
+
+def _left_by_stage(row: dict[str, Any]) -> str:
+    """How many of the blocks of each stage stay, as `2 3 6`."""
+    stages = sorted({name.split(".")[0] for name in row["scores"]})
+    left = [name.split(".")[0] for name in row["scores"] if name not in row["removed"]]
+    return " ".join(str(left.count(stage)) for stage in stages)
 
 
 def _recovery(row: dict[str, Any]) -> str:

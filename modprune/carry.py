@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,10 +23,10 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
 
     Args:
         model: the bare module, the one that surgery changes in place.
-        optimizers: of any kind, over parameters of the model; changed in place.
+        optimizers: over parameters of the model; changed in place. Not LBFGS, which keeps a list of its own.
 
     Raises:
-        ValueError: if an optimizer would be left without any parameter.
+        ValueError: before the surgery for LBFGS, after it if an optimizer is left without any parameter.
 
     >>> import torch
     >>> from modprune import PruningPlan
@@ -37,6 +38,8 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
     >>> len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
     True
     """
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        raise ValueError("LBFGS cannot be carried over, its history is of all parameters together: make a new one")
     names = {parameter: name for name, parameter in model.named_parameters()}
     yield
     now, stay = dict(model.named_parameters()), set(model.parameters())
@@ -44,9 +47,12 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
         for group in optimizer.param_groups:
             # By itself before by its name: of weights that layers share, the layer that gave the name may be gone.
             heirs = [p if p in stay or p not in names else now.get(names[p]) for p in group["params"]]
+            if "param_names" in group:  # one made with `model.named_parameters()`
+                group["param_names"] = [n for n, p in zip(group["param_names"], heirs, strict=True) if p is not None]
             group["params"] = [p for p in heirs if p is not None]
         left = {p for group in optimizer.param_groups for p in group["params"]}
-        if not left:
-            raise ValueError(f"{type(optimizer).__name__} has no parameter left: all of its layers were removed")
         for gone in [p for p in optimizer.state if p not in left]:
             del optimizer.state[gone]
+    for optimizer in optimizers:
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise ValueError(f"{type(optimizer).__name__} has no parameter left: all of its layers were removed")

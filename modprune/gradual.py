@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,10 +10,10 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
-from modprune._inputs import first_sample
+from modprune._inputs import evaluating, first_sample
 from modprune.carry import carry_over
 from modprune.cost import count_macs, count_params
-from modprune.criteria import Criterion
+from modprune.criteria import Criterion, Random, resolve
 from modprune.curve import ModularityCurve, modularity_curve
 from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
@@ -54,19 +55,21 @@ class GradualPruning:
     """Meets a budget in stages, between which a loop of your own trains. Call it after every epoch, or every step.
 
     The fractions are of the model as it is when this is made. After each stage, what holds on to the old parameters
-    other than the optimizers is due anew, see `ModularityPruner.step`.
+    other than the optimizers is due anew, see `ModularityPruner.step`. To go on in another process, keep `state_dict()`
+    in the checkpoint, make this anew with the whole model and call `load_state_dict` before the weights come back.
 
     Args:
         model: a bare module.
         loader, criterion: see `ModularityPruner`.
-        at: the counts of epochs or steps after which a stage is due, or a callable `(count, model) -> bool` that says
-            so, such as `Settled(loader)`.
+        at: the counts of epochs or steps from which on a stage is due, or a callable `(count, model) -> bool` that says
+            so, such as `Settled(loader)`. One stage a call.
         shares: of the budget, what is gone after each stage; `cubic` over the counts in `at`, or all at once, if empty.
         flops, params, blocks, ignored_layers: see `ModularityPruner`.
         example_inputs: one sample of the first batch if None.
 
     Raises:
-        ValueError: for shares that do not rise to 1, or not one for each count; else as `ModularityPruner`.
+        ValueError: for counts that do not rise, shares that do not rise to 1, or not one for each count; else as
+            `ModularityPruner`, also for a budget that no set of blocks can meet.
 
     >>> import torch
     >>> from modprune.models import resnet20
@@ -91,20 +94,24 @@ class GradualPruning:
         ignored_layers: Sequence[nn.Module | str] = (),
         example_inputs: Any = None,
     ) -> None:
+        if not callable(at) and (not at or min(at) < 1 or list(at) != sorted(set(at))):
+            raise ValueError(f"at={at}: counts from 1 on that rise are needed, as in (10, 20)")
         self.model, self.loader, self.at = model, loader, at
         self.shares = tuple(shares) or (cubic(1) if callable(at) else cubic(len(at)))
         if list(self.shares) != sorted(self.shares) or self.shares[-1] != 1:
             raise ValueError(f"shares={self.shares}: they rise to 1, as in (0.5, 0.75, 1)")
         if not callable(at) and len(at) != len(self.shares):
             raise ValueError(f"{len(at)} counts in at and {len(self.shares)} shares: give one share for each")
-        self.example = first_sample(loader) if example_inputs is None else example_inputs
+        with evaluating(model):  # a loader that shuffles draws from torch's RNG
+            self.example = first_sample(loader) if example_inputs is None else example_inputs
         self.budget = {"flops": flops, "params": params, "blocks": blocks}
-        self.options = {"criterion": criterion, "ignored_layers": ignored_layers}
-        self.whole = {"flops": count_macs(model, self.example), "params": count_params(model)}
+        self.options = {"criterion": resolve(criterion), "ignored_layers": ignored_layers}
+        self.whole = self.now = self._sizes()
         self.plans: list[PruningPlan] = []
         self.stage = 0
-        # Made for its checks alone: better told now than at the first stage.
-        ModularityPruner(model, self.example, loader, **self.options, **self.budget)  # type: ignore[arg-type]
+        # Better told now than at the first stage: whether the budget can be met at all.
+        anything = {**self.options, "criterion": Random()}
+        ModularityPruner(model, self.example, loader, **anything, **self.budget).plan()  # type: ignore[arg-type]
 
     def __call__(self, count: int, *optimizers: Optimizer) -> PruningPlan | None:
         """Remove the blocks of the next stage if it is due after `count` epochs or steps.
@@ -116,29 +123,58 @@ class GradualPruning:
         Returns:
             The plan of the stage; None if nothing was removed.
         """
+        while self.stage < len(self.shares) and not (left := self._left(self.shares[self.stage])):
+            self._advance()  # met by what has gone before
         if self.stage == len(self.shares) or not self._is_due(count):
             return None
-        share, self.stage = self.shares[self.stage], self.stage + 1
-        left = self._left(share)
-        if not any(left.values()):
-            return None
         pruner = ModularityPruner(self.model, self.example, self.loader, **self.options, **left)  # type: ignore[arg-type]
-        self.plans.append(pruner.plan())
+        plan = pruner.plan()
         with carry_over(self.model, *optimizers):
             pruner.step()
-        return self.plans[-1]
+        self._note(plan)
+        self._advance()
+        return plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs; of JSON's types alone."""
+        return {"stage": self.stage, "plans": [plan.to_json() for plan in self.plans]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remove from the model, whole as this was made with it, what had been removed, and go on after that stage."""
+        for plan in map(PruningPlan.from_json, state["plans"]):
+            plan.apply(self.model, self.example)
+            self._note(plan)
+        self.stage = state["stage"]
 
     def _is_due(self, count: int) -> bool:
-        return self.at(count, self.model) if callable(self.at) else count == self.at[self.stage]
+        return self.at(count, self.model) if callable(self.at) else count >= self.at[self.stage]
 
-    def _left(self, share: float) -> dict[str, float | None]:
-        """What of `share` of the budget is still to go, as fractions of what is left of the model."""
-        now = {"flops": count_macs(self.model, self.example), "params": count_params(self.model)}
-        left: dict[str, float | None] = {"flops": None, "params": None, "blocks": None}
-        for name, size in now.items():
-            if asked := self.budget[name]:
-                fraction = 1 - (1 - share * asked) * self.whole[name] / size
-                left[name] = fraction if fraction > 1e-9 else None
+    def _note(self, plan: PruningPlan) -> None:
+        self.plans.append(plan)
+        self.now = self._sizes()
+
+    def _advance(self) -> None:
+        """To the next stage. All, each the best at its time, may come to too little where `blocks` bounds them."""
+        self.stage += 1
+        for name, size in self.now.items():
+            asked, freed = self.budget[name], 1 - size / self.whole[name]
+            if self.stage == len(self.shares) and asked and freed < asked - 1e-9:
+                warnings.warn(
+                    f"{name}={asked} with blocks={self.budget['blocks']}: in stages, {freed:.1%} went", stacklevel=3
+                )
+
+    def _sizes(self) -> dict[str, int]:
+        return {"flops": count_macs(self.model, self.example), "params": count_params(self.model)}
+
+    def _left(self, share: float) -> dict[str, float]:
+        """What of `share` of the budget is still to go, as fractions of what is left of the model; empty if nothing."""
+        left: dict[str, float] = {}
+        for name, size in self.now.items():
+            fraction = 1 - (1 - share * (self.budget[name] or 0.0)) * self.whole[name] / size
+            if self.budget[name] and fraction > 1e-9:
+                left[name] = fraction
         if asked := self.budget["blocks"]:
-            left["blocks"] = round(share * asked) - sum(len(plan.remove) for plan in self.plans) or None
+            left["blocks"] = round(share * asked) - sum(len(plan.remove) for plan in self.plans)
+            if left["blocks"] <= 0:  # none may go at this stage, whatever else is still to be met
+                return {}
         return left

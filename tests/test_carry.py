@@ -48,6 +48,25 @@ def test_what_stays_keeps_its_group_and_state(kind):
     steps(model, optimizer, 1)
 
 
+def test_names_go_with_their_parameters():
+    model = resnet20()
+    optimizer = torch.optim.AdamW(model.named_parameters(), 0.01)
+    with carry_over(model, optimizer):
+        PruningPlan(("layer1.0",)).apply(model)
+    (group,) = optimizer.param_groups
+    assert dict(zip(group["param_names"], group["params"], strict=True)) == dict(model.named_parameters())
+
+
+def test_an_optimizer_with_a_list_of_its_own_is_refused_before_the_surgery():
+    model = resnet20()
+    with (
+        pytest.raises(ValueError, match="LBFGS cannot be carried over"),
+        carry_over(model, torch.optim.LBFGS(model.parameters())),
+    ):
+        PruningPlan(("layer1.0",)).apply(model)
+    assert type(model.layer1[0]).__name__ == "BasicBlock"
+
+
 def test_training_on_equals_a_fresh_optimizer_given_the_same_state():
     torch.manual_seed(0)
     model = resnet20()

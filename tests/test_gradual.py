@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from modprune import GradualPruning, Settled, count_macs, count_params, cubic
+from modprune.criteria import BlockScores
 from modprune.data import ImageLoader, digits
 from modprune.models import resnet20, resnet32
 
@@ -43,6 +48,64 @@ def test_each_stage_meets_its_share_of_the_whole_models_budget():
     assert gone[2][1] < 0.25  # a stage removes no more than it has to: a block is 6.5 % of the MACs
     assert gone[6][1] < 0.5 + 2 * 0.065
     assert not set(prune.plans[0].remove) & set(prune.plans[1].remove)
+
+
+def scored(*low: str):
+    """A criterion by which these blocks are worth nothing, or less, and the others much."""
+
+    def criterion(model, blocks, loader):
+        return BlockScores(blocks.names, np.array([[-0.1 if name in low else 5.0 for name in blocks.names]]))
+
+    return criterion
+
+
+def test_blocks_are_exact_whatever_else_is_still_to_be_met():
+    budget = {"blocks": 4, "params": 0.6}  # with the two of layer3 55 %, with two of layer2 as well 69 %
+    prune = GradualPruning(resnet20(), loader(), scored("layer1.0", "layer1.1"), at=(1, 2), **budget, example_inputs=X)
+    assert len(prune(1).remove) == 4  # 0.875 of 4 and of 60 %: two of layer1 are enough for that
+    with pytest.warns(UserWarning, match=r"params=0.6 with blocks=4: in stages, 5.* went"):
+        assert prune(2) is None
+    assert prune(3) is None
+
+
+def test_a_stage_whose_count_was_missed_comes_with_the_next():
+    prune = GradualPruning(resnet20(), loader(), "l1_norm", at=(1, 3), blocks=4, shares=(0.5, 1))
+    assert [plan and len(plan.remove) for plan in map(prune, (2, 3, 4))] == [2, 2, None]
+    prune = GradualPruning(resnet20(), loader(), "l1_norm", at=(1, 3), blocks=4, shares=(0.5, 1))
+    assert [plan and len(plan.remove) for plan in map(prune, (5, 6))] == [2, 2]
+
+
+def test_a_failed_stage_comes_again():
+    def broken(model, blocks, loader):
+        raise RuntimeError("no luck")
+
+    prune = GradualPruning(resnet20(), loader(), broken, at=(1,), blocks=2)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no luck"):
+            prune(1)
+
+
+def test_it_goes_on_in_another_process():
+    torch.manual_seed(0)
+    model, options = resnet20(), {"criterion": "l1_norm", "at": (1, 2), "flops": 0.5, "shares": (0.5, 1)}
+    prune = GradualPruning(model, loader(), **options)
+    other = copy.deepcopy(model)
+    prune(1)
+    state, weights = json.loads(json.dumps(prune.state_dict())), copy.deepcopy(model.state_dict())
+    expected = prune(2)
+    again = GradualPruning(other, loader(), **options)
+    again.load_state_dict(state)
+    other.load_state_dict(weights)
+    assert again(1) is None
+    assert again(2) == expected
+
+
+def test_the_rng_is_left_alone():
+    data = torch.utils.data.TensorDataset(torch.randn(40, 3, 8, 8), torch.arange(40) % 4)
+    shuffling = torch.utils.data.DataLoader(data, 20, shuffle=True)
+    model, before = resnet20(), torch.get_rng_state()
+    GradualPruning(model, shuffling, at=(1,), blocks=1)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_optimizer_goes_on_with_its_momentum():
@@ -87,7 +150,10 @@ def test_settled_means_that_no_point_has_moved():
     [
         ({"at": (1, 2), "shares": (1,), "blocks": 2}, "2 counts in at and 1 shares: give one share for each"),
         ({"at": (1, 2), "shares": (0.5, 0.9), "blocks": 2}, r"shares=\(0.5, 0.9\): they rise to 1"),
+        ({"at": (), "blocks": 2}, r"at=\(\): counts from 1 on that rise"),
+        ({"at": (3, 1), "blocks": 2}, r"at=\(3, 1\): counts from 1 on that rise"),
         ({"at": (1,)}, "flops"),
+        ({"at": (1,), "flops": 0.99}, "flops=0.99"),
         ({"at": (1,), "blocks": 2, "criterion": "nope"}, "nope"),
     ],
 )

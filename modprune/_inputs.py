@@ -66,8 +66,14 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def first_sample(loader: Iterable[Any]) -> Any:
-    """The inputs of the first sample of a loader, as a batch of one."""
-    return take(split_batch(next(iter(loader)))[0], 0, 1)
+    """The inputs of the first sample of a loader, as a batch of one.
+
+    Raises:
+        ValueError: if it gives no batch.
+    """
+    for batch in loader:
+        return take(split_batch(batch)[0], 0, 1)
+    raise ValueError("the loader gives no batch: give one that holds samples, and that can be run through again")
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from modprune._autograd import first_line
+
 PREFIX = "epoch-"
 
 
@@ -23,12 +25,12 @@ def save_state(accelerator: Any, folder: Path, epoch: int) -> None:
         accelerator.save_state(str(partial))
     except Exception as error:  # of torch, safetensors and pickle, each of a class of its own
         shutil.rmtree(partial, ignore_errors=True)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(
-            f"{folder}: the state after epoch {epoch} cannot be written ({reason}); is the disk full?"
+            f"{folder}: the state after epoch {epoch} cannot be written ({first_line(error)}); is the disk full?"
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)  # of a run of which this epoch is made anew
         older = states(folder)
         partial.rename(final)
         for state in older:
@@ -37,11 +39,18 @@ def save_state(accelerator: Any, folder: Path, epoch: int) -> None:
 
 
 def load_newest(accelerator: Any, folder: Path) -> int:
-    """Bring the newest state in `folder` back and return its epoch; 0, and nothing happens, where there is none yet."""
+    """Bring the newest state in `folder` back and return its epoch; 0, and nothing happens, where there is none yet.
+
+    Raises:
+        ValueError: if it is damaged or of another network.
+    """
     found = states(folder)
     if not found:
         return 0
-    accelerator.load_state(str(found[-1]))
+    try:
+        accelerator.load_state(str(found[-1]))
+    except Exception as error:  # as above
+        raise ValueError(f"{found[-1]}: cannot be loaded ({first_line(error)}): start in a new folder") from error
     return int(found[-1].name.removeprefix(PREFIX))
 
 
@@ -51,6 +60,8 @@ def states(folder: Path) -> list[Path]:
 
 
 def check_empty(folder: Path) -> None:
-    """Raises ValueError if `folder` holds states: a later resume could not tell two runs apart."""
+    """Raises ValueError if `folder` holds states (a later resume could not tell two runs apart) or is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file; give a folder for the states of the run")
     if states(folder):
         raise ValueError(f"{folder}: holds an unfinished run: resume it, or give another folder")

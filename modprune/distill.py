@@ -50,12 +50,16 @@ class CachedTeacher:
     """
 
     def __init__(self, model: nn.Module, images: int, looks: int = 8) -> None:
+        if looks < 1:
+            raise ValueError(f"looks={looks}: at least 1 is needed")
         self.model, self.looks = model, looks
         self._seen = torch.zeros(images, dtype=torch.int64, device=device_of(model))
         self._total: Tensor | None = None
 
     def __call__(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """The mean logits (B, classes), float32, for a batch `(images, labels, index)` of an `ImageLoader`."""
+        if len(batch) != 3:
+            raise ValueError("a CachedTeacher needs batches (images, labels, index), as ImageLoader gives them")
         images, _, index = batch
         new = self._seen[index] < self.looks
         if new.any():
@@ -90,6 +94,7 @@ def logits_of(output: Any) -> Tensor:
 def _cross_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
     if labels is None:
         raise ValueError("the batches hold no labels: give (inputs, labels) or dicts with 'labels', or distill=1")
+    labels = labels if labels.is_floating_point() else labels.long()
     try:
         return F.cross_entropy(logits, labels)
     except IndexError:

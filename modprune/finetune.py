@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import is_initialized
+from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from modprune._autograd import first_line
 from modprune._inputs import call, device_of, split_batch, to_device
 from modprune._processes import place
 from modprune.checkpoints import check_empty, load_newest, save_state, states
@@ -111,23 +113,26 @@ def finetune(
         recipe: the fields of `Recipe`: epochs, lr, momentum, weight_decay, warmup, distill, temperature.
 
     Raises:
-        ValueError: for arguments out of range, or a folder with states of an unfinished run without
-            `resume`, or of one with another recipe.
+        ValueError: for arguments out of range, a model that is its own teacher or has nothing to train, or a folder
+            with states of an unfinished run without `resume`, or of one with another recipe or more epochs.
         RuntimeError: if the loss stops being finite (more than `halvings` times); names epoch and step. The newest
             state stays, and the model keeps what broke it. Also where accelerate has not seen the processes of
             torch.distributed, each of which would train alone.
     """
     constants = Recipe(**recipe)  # type: ignore[arg-type]
+    if teacher is model:
+        raise ValueError("the teacher is the model itself, from which nothing is learnt: copy.deepcopy it beforehand")
     if (resume or halvings) and checkpoints is None:
         name = "resume=True" if resume else f"halvings={halvings}"
         raise ValueError(f"{name} needs checkpoints=FOLDER: the folder that states are written to")
     if checkpoints is not None and not resume:
         check_empty(Path(checkpoints))
     run = _Run(model, train_loader, teacher, constants)
-    with _training(model, run.accelerator), teaching(teacher) as teach:
+    with _training(model, run), teaching(teacher) as teach:
         run.prepare()
         folder = None if checkpoints is None else Path(checkpoints)
         if folder is not None and resume:
+            run.check_resumable(folder)
             load_newest(run.accelerator, folder)
         if folder is not None and halvings and not states(folder):
             save_state(run.accelerator, folder, 0)  # for the first epoch to go back to
@@ -162,7 +167,8 @@ class _Run:
         self.distill = recipe.distill if teacher is not None else 0.0
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         # Somebody else's Accelerator in this process has settled the precision; ours has to follow it.
-        precision = None if is_initialized() else ("bf16" if autocast_dtype(self.device) else "no")
+        self.settled = is_initialized()
+        precision = None if self.settled else ("bf16" if autocast_dtype(self.device) else "no")
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.device.type == "cpu", device_placement=False)
         if self.accelerator.num_processes != place()[1]:
             seen = self.accelerator.num_processes
@@ -172,6 +178,8 @@ class _Run:
             )
         self.loader = self.accelerator.prepare(loader) if isinstance(loader, DataLoader) else loader
         self.steps = _steps(self.loader)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient: nothing can be trained")
         self.optimizer: Any = torch.optim.SGD(
             model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
             nesterov=recipe.momentum > 0,
@@ -183,7 +191,25 @@ class _Run:
 
     def prepare(self) -> None:
         self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.optimizer.zero_grad()  # of what somebody's own loop has left
         self.accelerator.register_for_checkpointing(self.schedule, self)
+
+    def check_resumable(self, folder: Path) -> None:
+        """Before the state is loaded, which would leave the model with the weights of a run that is refused."""
+        if not states(folder):
+            return
+        newest = states(folder)[-1]
+        try:
+            state = torch.load(newest / "custom_checkpoint_1.pkl", weights_only=True)  # the second one registered
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{newest}: cannot be read ({first_line(error)}): start in a new folder") from None
+        mine = asdict(self.recipe)
+        other = {n: value for n, value in state["recipe"].items() if n != "epochs" and value != mine.get(n)}
+        if other:
+            raise ValueError(f"the checkpoint is of a run with {other}, this one has other values: start a new folder")
+        if len(state["history"]) > self.recipe.epochs:
+            done = len(state["history"])
+            raise ValueError(f"epochs={self.recipe.epochs}: the run in {folder} has done {done} already")
 
     def go_back(self, folder: Path) -> None:
         """To the newest state, with half the rate."""
@@ -221,7 +247,10 @@ class _Run:
                 top1 = {} if means.top1() is None else {"top1": f"{means.top1():.1f}"}
                 speed = f"{seen / (time.perf_counter() - started):.0f}/s"
                 bar.set_postfix({"loss": f"{means.loss():.3f}", **top1, "lr": f"{self.rate:.4f}", "images": speed})
-        return means.loss(), means.top1(), seen / (time.perf_counter() - started)
+        done = means.loss(), means.top1(), seen / (time.perf_counter() - started)
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise Diverged(f"{title}: the weights are not finite after the last step; try a lower lr")
+        return done
 
     def state_dict(self) -> dict[str, Any]:
         said = self.cached.state_dict() if self.cached else None
@@ -229,10 +258,6 @@ class _Run:
         return {"recipe": asdict(self.recipe), "history": history, "halved": self.halved, "teacher": said}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        mine = asdict(self.recipe)
-        other = {n: value for n, value in state["recipe"].items() if n != "epochs" and value != mine.get(n)}
-        if other:
-            raise ValueError(f"the checkpoint is of a run with {other}, this one has other values: start a new folder")
         self.halved = state["halved"]
         self.history[:] = [Epoch(**epoch) for epoch in state["history"]]
         if self.cached and state.get("teacher"):
@@ -240,11 +265,14 @@ class _Run:
 
 
 def _steps(loader: Iterable[Any]) -> int:
-    if not isinstance(loader, Sized):
-        raise ValueError(f"train_loader of type {type(loader).__name__} has no length, which the schedule needs")
-    if len(loader) == 0:
+    try:
+        steps = len(loader)  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader over an IterableDataset has a length that raises it
+        name = type(loader).__name__.removesuffix("Shard")  # as accelerate calls its own
+        raise ValueError(f"train_loader of type {name} has no length, which the schedule needs") from None
+    if steps == 0:
         raise ValueError("train_loader gives no batch: the batch size is larger than the data")
-    return len(loader)
+    return steps
 
 
 class _Means:
@@ -270,6 +298,8 @@ class _Means:
 
     def loss(self) -> float:
         self._read()
+        if not self.losses:
+            raise ValueError(f"{self.title}: train_loader gives no batch any more: it has to give them every epoch")
         return math.fsum(self.losses) / len(self.losses)
 
     def top1(self) -> float | None:
@@ -311,13 +341,17 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 @contextmanager
-def _training(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Modes as before afterwards, and accelerate's wrapped `forward` taken off again."""
+def _training(model: nn.Module, run: _Run) -> Iterator[None]:
+    """Modes as before afterwards, accelerate's wrapped `forward` taken off again, and its precision open again."""
     modes = {module: module.training for module in model.modules()}
+    own = {name: value for name, value in vars(model).items() if name == "forward"}
     try:
         yield
     finally:
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        run.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         model.__dict__.pop("forward", None)
+        model.__dict__.update(own)
         for module, mode in modes.items():
             module.training = mode
+        if not run.settled:
+            AcceleratorState._reset_state()

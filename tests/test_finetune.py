@@ -12,8 +12,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from accelerate.state import is_initialized
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from modprune.checkpoints import states
 from modprune.data import ImageLoader, digits
@@ -96,8 +97,62 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
     resumed, again = run(checkpoints=tmp_path, resume=True)
     assert same(whole, resumed)
     assert [e.loss for e in again] == [e.loss for e in history]
-    with pytest.raises(ValueError, match="of a run with"):
-        finetune(network(), loader(), epochs=4, lr=0.5, checkpoints=tmp_path, resume=True, progress=False)
+    for recipe, message in (({"epochs": 4, "lr": 0.5}, "of a run with"), ({"epochs": 3}, "has done 4 already")):
+        other = network(2)
+        with pytest.raises(ValueError, match=message):
+            finetune(other, loader(), checkpoints=tmp_path, resume=True, progress=False, **recipe)
+        assert same(other, network(2))
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    finetune(network(), loader(), epochs=1, checkpoints=tmp_path, progress=False)
+    for name in ("model.safetensors", "custom_checkpoint_1.pkl"):
+        file = tmp_path / "epoch-0001" / name
+        file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(ValueError, match=rf"{tmp_path}/epoch-0001: cannot be .*: start in a new folder"):
+            finetune(network(), loader(), epochs=2, checkpoints=tmp_path, resume=True, progress=False)
+    with pytest.raises(ValueError, match=r"model.safetensors: a file; give a folder"):
+        finetune(network(), loader(), epochs=2, checkpoints=file.parent / "model.safetensors", progress=False)
+
+
+def test_what_a_loop_before_has_left_does_not_count():
+    clean, used = network(), network()
+    expected = finetune(clean, loader(), epochs=1, progress=False)
+    (1000 * used.train()(torch.randn(4, 3, 8, 8))).sum().backward()
+    used.load_state_dict(network().state_dict())
+    assert [e.loss for e in finetune(used, loader(), epochs=1, progress=False)] == [e.loss for e in expected]
+    assert same(clean, used)
+
+
+def test_a_forward_of_the_model_itself_and_the_precision_are_left_alone():
+    model = network()
+    model.forward = own = lambda x: CifarResNet.forward(model, x)
+    finetune(model, loader(), epochs=1, progress=False)
+    assert model.__dict__["forward"] is own
+    assert not is_initialized()  # nor is accelerate's precision settled for what comes after
+
+
+def test_what_nothing_can_be_learnt_from_is_named():
+    model = network()
+    with pytest.raises(ValueError, match="the teacher is the model itself"):
+        finetune(model, loader(), teacher=model)
+    with pytest.raises(ValueError, match="no parameter of the CifarResNet requires a gradient"):
+        finetune(network().requires_grad_(False), loader())
+    with pytest.raises(ValueError, match=r"looks=0: at least 1"):
+        CachedTeacher(model, 10, looks=0)
+    pairs = [(images, labels) for images, labels, _ in loader()]
+    with pytest.raises(ValueError, match=r"needs batches \(images, labels, index\)"):
+        finetune(network(), pairs, teacher=CachedTeacher(model, len(DATA)), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_weights_that_the_last_step_broke_are_not_kept(tmp_path, validated):
+    one, options = list(loader())[:1], {"lr": 3e38, "warmup": 0.0, "epochs": 2, "progress": False}
+    model = network()
+    model.linear.weight.data *= 100  # gradients before it are large
+    with pytest.raises(RuntimeError, match="epoch 1/2: the weights are not finite after the last step"):
+        finetune(model, one, loader() if validated else None, checkpoints=tmp_path, **options)
+    assert not states(tmp_path)
 
 
 def test_a_resumed_run_does_not_ask_its_teacher_again(tmp_path):
@@ -189,6 +244,13 @@ def test_loaders_without_length_or_batches_are_named():
         finetune(network(), (batch for batch in loader()), epochs=1)
     with pytest.raises(ValueError, match="gives no batch"):
         finetune(network(), ImageLoader(DATA, 300, shuffle=True), epochs=1)
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from zip(DATA.images, DATA.labels, strict=True)
+
+    with pytest.raises(ValueError, match="DataLoader has no length"):
+        finetune(network(), DataLoader(Stream(), 8), epochs=1)
 
 
 def plain_network() -> nn.Module:

@@ -29,7 +29,7 @@ from modprune.data import ImageLoader, cifar10
 from modprune.finetune import Recipe
 from modprune.width import choose_cuts
 
-LR, LOOKS = 0.04, 2
+LOOKS = 2
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
@@ -46,7 +46,15 @@ class Ensemble(nn.Module):
 
 
 def main(
-    data_dir: Path, weights: Path, teachers: Sequence[Path], start: str, name: str, width: float, epochs: int, seed: int
+    data_dir: Path,
+    weights: Path,
+    teachers: Sequence[Path],
+    start: str,
+    name: str,
+    width: float,
+    epochs: int,
+    lr: float,
+    seed: int,
 ) -> None:
     """Run, and write benchmarks/results/NAME.json and the network."""
     keep_freed_memory()
@@ -56,7 +64,7 @@ def main(
     pruned.to(device, memory_format=torch.channels_last)
     train, test = cifar10(data_dir, train=True), cifar10(data_dir, train=False)
     taught_by = Ensemble([public(path) for path in (weights, *teachers)]).to(device, memory_format=torch.channels_last)
-    recipe, checkpoints = Recipe(epochs=epochs, lr=LR), Path("runs") / name / "checkpoints"
+    recipe, checkpoints = Recipe(epochs=epochs, lr=lr), Path("runs") / name / "checkpoints"
     history = finetune(
         pruned,
         ImageLoader(train, BATCH, pad=PAD, shuffle=True, seed=seed, device=device),
@@ -72,7 +80,7 @@ def main(
     names = [path.name for path in (weights, *teachers)]
     result = {
         "command": "python -m benchmarks.resnet56_again --data-dir DIR --weights FILE --teachers FILE FILE"
-        f" --start {start} --name {name} --width {width} --epochs {epochs} --seed {seed}",
+        f" --start {start} --name {name} --width {width} --epochs {epochs} --lr {lr} --seed {seed}",
         "start": start,
         "width": width,
         "report": json.loads(report.to_json()),
@@ -108,6 +116,7 @@ if __name__ == "__main__":
     parser.add_argument("--name", default="resnet56-cifar10", help="result to write, and folder in runs/ to work in")
     parser.add_argument("--width", type=float, default=0.0, help="fraction of the channels inside blocks to cut first")
     parser.add_argument("--epochs", type=int, default=28, help="of fine-tuning")
+    parser.add_argument("--lr", type=float, default=0.04, help="peak learning rate")
     # Another seed than that of the run before: its augmentations would come again.
     parser.add_argument("--seed", type=int, default=1, help="of the augmentation")
     main(**vars(parser.parse_args()))

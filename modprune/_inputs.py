@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ONCE = "; one that can be read only once, as a generator, may have been read before: give a list or a DataLoader"
+
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """`model(inputs)`, with a tuple spread over positional and a mapping over keyword arguments."""
@@ -73,7 +75,7 @@ def first_sample(loader: Iterable[Any]) -> Any:
     """
     for batch in loader:
         return take(split_batch(batch)[0], 0, 1)
-    raise ValueError("the loader gives no batch: give one that holds samples, and that can be run through again")
+    raise ValueError(f"the loader gives no batch{ONCE}")
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:

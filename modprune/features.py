@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modprune._inputs import (
+    ONCE,
     batch_size,
     call,
     device_of,
@@ -30,7 +31,6 @@ from modprune.graph import check_finite, inner_products
 
 GIB = 2**30
 SLAB = 16384
-_ONCE = "; one that can be read only once, as a generator, may have been read before: give a list or a DataLoader"
 
 Sample = list[tuple[Any, Tensor]]
 """Pieces of batches, `(inputs, labels)` each, that together hold the asked number of samples."""
@@ -102,7 +102,7 @@ def _draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]
     pool = [(take(x, i, i + 1), y[i : i + 1]) for x, y in batches for i in range(len(y))]
     size = max((len(y) for _, y in batches), default=1)
     if len(pool) < samples:
-        enough = f": pass samples={len(pool)}" if pool else _ONCE
+        enough = f": pass samples={len(pool)}" if pool else ONCE
         raise ValueError(f"the loader holds {len(pool)} samples, {samples} are asked for{enough}")
     for repeat in range(drawn, repeats):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(repeat))
@@ -304,6 +304,8 @@ def pairs(
         with evaluating(model), torch.no_grad():
             for batch in loader:
                 inputs = split_batch(batch)[0]
+                if batch_size(inputs) == 0:
+                    continue
                 row.clear()
                 call(model, to_device(inputs, device_of(model)))
                 missing = [layer for layer in layers if layer not in row]
@@ -317,7 +319,7 @@ def pairs(
         for handle in hooks:
             handle.remove()
     if not values:
-        raise ValueError(f"the loader gives no batch{_ONCE}")
+        raise ValueError(f"the loader gives no batch{ONCE}")
     return values
 
 

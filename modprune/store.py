@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from modprune.surgery import removed_blocks
 from modprune.width import narrowed_layers, resize
 
 FORMAT = 1
+_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -31,10 +33,15 @@ def save(model: nn.Module, path: str | Path) -> None:
     that `load` can rebuild the model from the unpruned one without example inputs.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written; ValueError: for a module whose extra state is no tensor.
     """
     model = _bare(model)
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+    state = model.state_dict()
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        kind = type(state[odd[0]]).__name__
+        raise ValueError(f"{odd[0]}: a {kind} in the state dict, and the file holds tensors alone")
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
     structure = {
         "plan": json.loads(removed_blocks(model).to_json()),
         "narrowed": narrowed_layers(model),
@@ -84,7 +91,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Fill a model in place with plain weights: a `.safetensors` file, or a PyTorch file read with `weights_only`.
 
-    A state dict nested under "state_dict" or "model" and names that begin with "module." are understood.
+    A state dict nested under "state_dict" or "model" and names that begin with "module." (of DataParallel, or an
+    average) or "_orig_mod." (of torch.compile) are understood.
 
     Raises:
         OSError: if the file is not there; ValueError: if it is truncated, would run code, is no state dict or is of
@@ -100,7 +108,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{path}: holds no state dict (names with tensors); save model.state_dict() to it")
-    tensors = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    tensors = {_PREFIXES.sub("", str(name)): tensor for name, tensor in state.items() if name != "n_averaged"}
     counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked") and k not in tensors}
     tensors |= counters  # older checkpoints have none
     _check_fit(path, model, tensors)

@@ -31,9 +31,9 @@ def main(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     train, test = (DATA[arguments.data](arguments.data_dir, train=part) for part in (True, False))
     network = MODELS[arguments.model](num_classes=train.num_classes).to(device)
-    trained = arguments.weights or out / "trained.safetensors"
-    if trained.exists():
-        modprune.load_weights(network, trained)
+    trained = out / "trained.safetensors"
+    if arguments.weights or trained.exists():
+        modprune.load_weights(network, arguments.weights or trained)
     else:
         loader = ImageLoader(train, BATCH, pad=PAD, shuffle=True, seed=arguments.seed, device=device)
         modprune.finetune(

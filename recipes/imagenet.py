@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import modprune
-from modprune.checkpoints import load_newest, save_state
+from modprune.checkpoints import check_empty, load_newest, save_state
 from modprune.criteria import Modularity
 from modprune.finetune import autocast_dtype, warmup_cosine
 from modprune.specs import build_model
@@ -79,6 +79,9 @@ def pretrained(spec: str, weights: str) -> torch.nn.Module:
 
 def main(arguments: argparse.Namespace) -> None:
     """Prune, fine-tune, report."""
+    checkpoints = arguments.out / "checkpoints"
+    if not arguments.resume:
+        check_empty(checkpoints)
     precision = "bf16" if autocast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
     accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=arguments.accumulate)
     teacher = pretrained(arguments.model, arguments.weights).to(accelerator.device).eval()
@@ -109,7 +112,7 @@ def main(arguments: argparse.Namespace) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 0.05 * steps, steps))
     model, optimizer = accelerator.prepare(bare, optimizer)
     accelerator.register_for_checkpointing(schedule, ema)
-    first = load_newest(accelerator, arguments.out / "checkpoints") if arguments.resume else 0
+    first = load_newest(accelerator, checkpoints) if arguments.resume else 0
 
     for epoch in range(first, arguments.epochs):
         model.train()
@@ -132,7 +135,7 @@ def main(arguments: argparse.Namespace) -> None:
                 if not loss.isfinite():
                     raise RuntimeError(f"epoch {epoch + 1}, step {step + 1}: the loss is {loss}; try a lower --lr")
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-        save_state(accelerator, arguments.out / "checkpoints", epoch + 1)
+        save_state(accelerator, checkpoints, epoch + 1)
         if accelerator.is_main_process:
             print(f"epoch {epoch + 1}: Top-1 of the average {modprune.evaluate(ema.module, test_loader).top1:.2f} %")
 

@@ -138,6 +138,13 @@ class InPlace(nn.Module):
         return x
 
 
+def test_an_empty_last_batch_does_not_count():
+    model = resnet20()
+    blocks = find_blocks(model, X[:1])
+    both = [BlockInfluence()(model, blocks, batches) for batches in ([X], [X, X[:0]])]
+    assert np.array_equal(both[0].values, both[1].values)
+
+
 def test_a_block_that_writes_into_its_input_has_influence():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), InPlace())
     assert BlockInfluence()(model, find_blocks(model, X), [X]).values[0, 0] > 1e-3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_all, tree_map
 
-from modprune._inputs import batch_size, call, join, split_batch, take, to_device
+from modprune._inputs import batch_size, call, first_sample, join, split_batch, take, to_device
 
 X, MASK = torch.arange(12.0).view(4, 3), torch.arange(4)
 
@@ -51,6 +51,11 @@ def test_a_batch_is_split_from_its_labels():
 class Pair(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
+
+
+def test_a_loader_without_batches_is_named():
+    with pytest.raises(ValueError, match="the loader gives no batch; one that can be read only once"):
+        first_sample(iter([]))
 
 
 def test_masks_are_no_samples():

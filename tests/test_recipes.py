@@ -54,6 +54,13 @@ def test_cifar(data, weights, tmp_path):
     assert modprune.evaluate(pruned, [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))]).samples == 2
 
 
+def test_cifar_does_not_train_for_weights_that_are_not_there(tmp_path):
+    cifar = recipe("cifar")
+    cifar.DATA = {"cifar10": lambda root, train: digits(train)}
+    with pytest.raises(FileNotFoundError, match=r"typo\.th: no such file"):
+        cifar.main(cifar.parse(["--model", "resnet20", "--weights", "typo.th", "--out", str(tmp_path)]))
+
+
 def image_folder(root: Path) -> None:
     """Two classes, a bright one and a dark one."""
     random = np.random.default_rng(0)
@@ -83,6 +90,9 @@ def test_imagenet(tmp_path):
             [*map(str, command), "--epochs", str(epochs), *more], capture_output=True, text=True, env=ENV, check=False
         )
         assert done.returncode == 0, done.stderr
+    imagenet = recipe("imagenet")
+    with pytest.raises(ValueError, match="holds an unfinished run: resume it, or give another folder"):
+        imagenet.main(imagenet.parse(list(map(str, command[2:]))))
     assert f"skipped {broken}" in done.stderr
     assert "\nunreadable images left out: 1\n" in done.stdout
     assert done.stdout.count("epoch 2: Top-1") == 1

@@ -147,7 +147,9 @@ def test_plain_weights_of_every_common_layout(tmp_path):
     torch.save(state, tmp_path / "a.pt")
     torch.save(nested, tmp_path / "b.th")
     safetensors.torch.save_file(state, tmp_path / "c.safetensors")
-    for name in ("a.pt", "b.th", "c.safetensors"):
+    torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), tmp_path / "average.pt")
+    torch.save({f"module._orig_mod.{name}": tensor for name, tensor in state.items()}, tmp_path / "compiled.pt")
+    for name in ("a.pt", "b.th", "c.safetensors", "average.pt", "compiled.pt"):
         assert torch.equal(load_weights(resnet20(), tmp_path / name).eval()(X), model.eval()(X))
 
 
@@ -176,6 +178,20 @@ def test_bad_weights_are_one_line_and_change_nothing(tmp_path, capsys):
         load_weights(model, tmp_path / "missing.th")
     assert torch.equal(model(X), before)
     assert "this code came out" not in capsys.readouterr().out
+
+
+def test_extra_state_that_is_no_tensor_is_named(tmp_path):
+    class Counting(torch.nn.Identity):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+    model = resnet20()
+    model.counting = Counting()
+    with pytest.raises(
+        ValueError, match=r"counting\._extra_state: a dict in the state dict, and the file holds tensors"
+    ):
+        save(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

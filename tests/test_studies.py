@@ -20,6 +20,7 @@ from modprune.models import resnet20
 from modprune.studies import CurveRecorder, Parts
 from modprune.studies.adversarial import ATTACKS
 from modprune.studies.layers import layers_of
+from modprune.studies.recovery import recover
 from modprune.studies.separation import _embedded, _silhouette
 from tests.oracles import networkx_q
 
@@ -230,6 +231,22 @@ def test_parts_are_kept_and_guarded(tmp_path):
         Parts(path, {"k": 3})
     with pytest.raises(ValueError, match="other arguments: give another folder"):
         Parts(path, {"k": 5}, resume=True)
+    for text in ("{}", "[1]", '{"arguments": {"k": 3}, "par'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"parts.json: holds no parts of a study: delete it"):
+            Parts(path, {"k": 3}, resume=True)
+
+
+def test_statistics_are_measured_anew_on_inputs_of_any_form_and_only_if_there_are_some(network):
+    images = torch.cat([images for images, *_ in list(held_out())[:1]])
+    expected, spread = copy.deepcopy(network), copy.deepcopy(network)
+    recover(expected, [(images, None)], network, 0, 0.1)
+    recover(spread, [{"x": images}], network, 0, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(expected.buffers(), spread.buffers(), strict=True))
+    assert not torch.equal(expected.bn1.running_mean, network.bn1.running_mean)
+    with pytest.raises(ValueError, match="the training loader gives no batch; one that can be read only once"):
+        recover(spread, iter([]), network, 0, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(expected.buffers(), spread.buffers(), strict=True))
 
 
 def test_a_study_without_labels_says_so(network):

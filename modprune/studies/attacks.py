@@ -13,7 +13,7 @@ from tqdm import tqdm
 from modprune._inputs import device_of, evaluating, split_batch
 from modprune.curve import check_classes, q_of
 from modprune.distill import logits_of
-from modprune.features import LayerGrams
+from modprune.features import LayerGrams, Sample
 from modprune.studies.adversarial import ATTACKS
 from modprune.studies.layers import layers_of
 from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, style
@@ -60,6 +60,10 @@ def attacks(
     def classify(images: Tensor) -> Tensor:
         return logits_of(model((images - shift) / scale))
 
+    def batches_of(images: Tensor, labels: Tensor) -> Sample:
+        normed = ((batch - shift) / scale for batch in images.split(BATCH))
+        return list(zip(normed, labels.split(BATCH), strict=True))
+
     with evaluating(model):
         images, labels = _correct(classify, loader, samples, shift, scale)
         layers = layers_of(model, (images[:1] - shift) / scale)
@@ -78,10 +82,10 @@ def attacks(
             }
             if len(labels[wrong].unique()) > 1 and int(wrong.sum()) > k:
                 for kind, x in (("q", hit), ("clean", images)):
-                    row[kind] = q_of(grams, [((x[wrong] - shift) / scale, labels[wrong])], k)
+                    row[kind] = q_of(grams, batches_of(x[wrong], labels[wrong]), k)
             return row
 
-        clean = parts("clean", lambda: q_of(LayerGrams(model, layers), [((images - shift) / scale, labels)], k))
+        clean = parts("clean", lambda: q_of(LayerGrams(model, layers), batches_of(images, labels), k))
         rows = [{"attack": name} | parts(name, measured, name) for name in names]
     numbers = {"k": k, "samples": samples, "layers": layers, "clean": clean, "attacks": rows}
     return Study("attacks", numbers, draw(numbers), tell(numbers))

@@ -102,7 +102,7 @@ def _silhouette(at: list[list[float]], labels: Tensor) -> float:
     """How far the classes lie apart in the picture, from -1 to 1 (Rousseeuw 1987)."""
     from sklearn.metrics import silhouette_score
 
-    return float(silhouette_score(at, labels.numpy()))
+    return float(silhouette_score(at, labels.cpu().numpy()))
 
 
 def draw(numbers: Mapping[str, Any]) -> Figure:

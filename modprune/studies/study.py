@@ -121,10 +121,14 @@ class Parts:
             return
         if not resume:
             raise ValueError(f"{self.path}: holds an unfinished study: resume it, or give another folder")
-        held = json.loads(self.path.read_text())
-        if held["arguments"] != self.arguments:
+        try:
+            held = json.loads(self.path.read_text())
+            known, theirs = held["parts"], held["arguments"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.path}: holds no parts of a study: delete it, or give another folder") from None
+        if theirs != self.arguments:
             raise ValueError(f"{self.path}: holds parts of a study with other arguments: give another folder")
-        self.known = held["parts"]
+        self.known = known
 
     def __call__(self, name: str, make: Callable[..., Any], *arguments: Any) -> Any:
         """The part of this name, of JSON's types alone: `make(*arguments)` if it is not there yet."""

@@ -14,7 +14,8 @@ class PruningCallback(TrainerCallback):
     """Removes blocks while transformers' Trainer trains; momentum and schedule go on with what stays.
 
     Save what came of it by `modprune.save(trainer.model, path)`: checkpoints of the Trainer hold the weights that are
-    left, and go into a model that was pruned alike.
+    left, and go into a model that was pruned alike. A training resumed from one takes its budget anew, of what is left:
+    ask for what is still to go.
 
     Args:
         loader: calibration batches, dicts with `labels`; those of the training if None.

@@ -14,9 +14,9 @@ class PruningCallback(Callback):
     """Removes blocks while Lightning trains; momentum and schedules go on with what stays.
 
     Save what came of it by `modprune.save(module.network, path)`: Lightning's own checkpoints hold the weights that are
-    left, and go into a module that was pruned alike. A training resumed from one takes its budget anew, of what is left:
-    ask for what is still to go. Averages of the weights (EMA, SWA) hold on to removed parameters: start them after the
-    last stage.
+    left, and go into a module that was pruned alike. A training resumed from one takes its budget anew, of what is
+    left: ask for what is still to go. Averages of the weights (EMA, SWA) hold on to removed parameters: start them
+    after the last stage.
 
     Args:
         loader: calibration batches; those of the training if None.

@@ -23,7 +23,7 @@ demo: install
 
 # One thread a worker: two workers that each spin two threads on two cores wait for each other more than they work.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

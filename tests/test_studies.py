@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from modprune import finetune, modularity_curve, studies
 from modprune._studies_cli import ATTACK_NAMES
@@ -166,11 +167,14 @@ def test_training_records_every_epoch_and_goes_on(tmp_path):
 
 
 def test_a_recorder_leaves_the_training_alone():
+    data = digits(train=True)
+    rows = TensorDataset(data.images / 255, data.labels)
+
     def weights(record):
         torch.manual_seed(0)
-        model = resnet20()
-        recorder = CurveRecorder(model, calibration(), samples=50)
-        finetune(model, train(), epochs=1, progress=False, after_epoch=lambda e: record and recorder(e.epoch))
+        model, shuffled = resnet20(), DataLoader(rows, 64, shuffle=True)
+        recorder = CurveRecorder(model, shuffled, samples=50) if record else None
+        finetune(model, shuffled, epochs=1, progress=False, after_epoch=lambda e: recorder and recorder(e.epoch))
         return torch.cat([p.flatten() for p in model.parameters()])
 
     assert torch.equal(weights(True), weights(False))

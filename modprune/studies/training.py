@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from modprune._inputs import take
+from modprune._inputs import evaluating, take
 from modprune.curve import ModularityCurve, q_of
 from modprune.features import LayerGrams
 from modprune.features import draw as draw_samples
@@ -52,7 +52,8 @@ class CurveRecorder:
         layers: Sequence[str] | None = None,
     ) -> None:
         self.k, self.rows = k, list[dict[str, Any]]()
-        self._samples = list(draw_samples(loader, samples, repeats))
+        with evaluating(model):  # a loader that shuffles draws from torch's RNG
+            self._samples = list(draw_samples(loader, samples, repeats))
         self.layers = tuple(layers or layers_of(model, take(self._samples[0][0][0], 0, 1)))
         self._grams = LayerGrams(model, self.layers)
 

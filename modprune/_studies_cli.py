@@ -222,8 +222,8 @@ def difference(
 
 
 def _titles(sources: list[_Source]) -> list[str]:
-    """The network; its data and weights too where that does not tell one from another."""
-    titles = [Path(source.model).name for source in sources]
+    """The network, without where it comes from; its data and weights too where that does not tell one from another."""
+    titles = [Path(source.model.rpartition(":")[2]).name for source in sources]
     for more in ("data", "weights"):
         if len(set(titles)) < len(titles):
             titles = [f"{t}, {Path(str(getattr(s, more))).name}" for t, s in zip(titles, sources, strict=True)]

@@ -65,9 +65,11 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
             ax.set_title(row["network"])
             ax.set_xlabel("points after the stem")
             ax.get_lines()[0].set_markersize(2.5)
+            ax.get_legend().remove()
             if ax is not axes[0]:
-                ax.get_legend().remove()
                 ax.set_ylabel("")
+        named = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        figure.legend([*named.values()], [*named], frameon=False, ncols=3, loc="outside lower center")
     return figure
 
 

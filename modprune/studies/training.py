@@ -147,7 +147,8 @@ def tell(numbers: Mapping[str, Any]) -> str:
     return text + (
         " The epoch from which Q stays within a tenth of its range of its last value: "
         f"{np.mean([rows[i]['epoch'] for i in since[:half]]):.1f} in the mean for the shallow half of the points, "
-        f"{np.mean([rows[i]['epoch'] for i in since[half:]]):.1f} for the deep half."
+        f"{np.mean([rows[i]['epoch'] for i in since[half:]]):.1f} for the deep half. "
+        f"After the first epoch Q still moves over a range of {np.ptp(q[1:, :half], 0).mean():.3f} and {np.ptp(q[1:, half:], 0).mean():.3f} in the mean."
     )
 
 

@@ -142,13 +142,13 @@ def tell(numbers: Mapping[str, Any]) -> str:
         f"First point {q[0, 0]:.3f} to {q[-1, 0]:.3f}, last point {q[0, -1]:.3f} to {q[-1, -1]:.3f}"
     )
     text += f", Top-1 {rows[-1]['top1']:.2f} % at the end." if "top1" in rows[-1] else "."
-    since = [settled(q[:, i]) for i in range(len(layers))]
-    half = len(layers) // 2
+    since = [rows[settled(q[:, i])]["epoch"] for i in range(len(layers))]
+    moved, half = np.ptp(q[1:], 0), len(layers) // 2
     return text + (
         " The epoch from which Q stays within a tenth of its range of its last value: "
-        f"{np.mean([rows[i]['epoch'] for i in since[:half]]):.1f} in the mean for the shallow half of the points, "
-        f"{np.mean([rows[i]['epoch'] for i in since[half:]]):.1f} for the deep half. "
-        f"After the first epoch Q still moves over a range of {np.ptp(q[1:, :half], 0).mean():.3f} and {np.ptp(q[1:, half:], 0).mean():.3f} in the mean."
+        f"{np.mean(since[:half]):.1f} in the mean for the shallow half of the points, "
+        f"{np.mean(since[half:]):.1f} for the deep half. After the first epoch Q still moves over a range of "
+        f"{moved[:half].mean():.3f} and {moved[half:].mean():.3f} in the mean."
     )
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks._env import RESULTS
 from benchmarks.published import CHANNELS, LAYERS, Point
-from benchmarks.tables import load
+from benchmarks.tables import OURS, load
 from modprune.picture import BLUE, GREY, RED, save_picture
 
 MARKS = {"blocks": ("s", BLUE), "channels": ("o", GREY)}
@@ -22,15 +22,15 @@ MARKS = {"blocks": ("s", BLUE), "channels": ("o", GREY)}
 
 def main() -> None:
     """Write benchmarks/results/pareto.png."""
-    report = load("resnet56-cifar10")["report"]
-    base, ours = (report[which]["accuracy"]["top1"] for which in ("original", "pruned"))
+    reports = [load(name)["report"] for name in OURS]
+    base = reports[0]["original"]["accuracy"]["top1"]
     axes = Figure(figsize=(11, 4), layout="constrained").subplots(1, 3, sharey=True)
-    removed = 100 * report["flops_removed"]["fvcore"], 100 * report["params_removed"], 100 * time_saved(report)
-    for ax, what, own in zip(axes, ("MACs", "parameters", "time of a batch of 64"), removed, strict=True):
+    for ax, what in zip(axes, ("MACs", "parameters", "time of a batch of 64"), strict=True):
         ax.axhline(base, color="black", lw=0.8, ls=":", label="unpruned, ours")
         if what != "time of a batch of 64":
             published(ax, what)
-        ax.plot(own, ours, "*", color=RED, ms=15, label="modprune", zorder=3)
+        ours = [(removed(report)[what], report["pruned"]["accuracy"]["top1"]) for report in reports]
+        ax.plot(*zip(*ours, strict=True), "*", color=RED, ms=15, label="modprune", zorder=3)
         ax.set_xlabel(f"{what} removed, %")
         ax.set_xlim(0, 80)
         ax.grid(alpha=0.3)
@@ -53,10 +53,14 @@ def _removed(point: Point, what: str) -> float | None:
     return point.macs if what == "MACs" else point.params
 
 
-def time_saved(report: dict[str, Any]) -> float:
-    """Fraction of the time of a forward pass of 64 images that is gone."""
+def removed(report: dict[str, Any]) -> dict[str, float]:
+    """Percent of the MACs, of the parameters and of the time of a forward pass of 64 images that is gone."""
     before, after = (report[which]["seconds"]["64"] for which in ("original", "pruned"))
-    return float(1 - after / before)
+    return {
+        "MACs": 100 * report["flops_removed"]["fvcore"],
+        "parameters": 100 * report["params_removed"],
+        "time of a batch of 64": 100 * (1 - after / before),
+    }
 
 
 if __name__ == "__main__":

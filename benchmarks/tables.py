@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks._env import RESULTS
 from benchmarks.curve_memory import FEATURES
 from benchmarks.published import LAYERS, LU
+from benchmarks.resnet56_cifar10 import epochs_on_another_schedule
 from modprune._files import write_text
+from modprune.finetune import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scale.md")
@@ -27,6 +30,8 @@ removed: the forward pass with the same output shapes, saving and loading bit fo
 counted by hand from the papers beforehand. Last, the time of `find_blocks` in ms, and as a share of three forward
 passes and one build of the dependency graph. *neither*: the unpruned network cannot do it either; *no*: see below the
 table. By `python -m benchmarks.zoo`."""
+TRAINING_IMAGES = 50_000
+OURS = ("resnet56-cifar10", "resnet56-cifar10-narrow")
 PRUNED = ("unpruned", "depth", "width")
 SHOWN_LEFT = 0.60  # the budget at which the blocks left are shown
 STEPS = ("forward", "round_trip", "width", "pruner", "gradients", "depgraph", "compile", "export", "onnx")
@@ -40,26 +45,39 @@ def load(name: str) -> dict[str, Any]:
 
 def headline() -> str:
     """Ours beside the published rows."""
-    run = load("resnet56-cifar10")
-    first, report = run["before"], run["report"]
-    base, pruned = report["original"]["accuracy"]["top1"], report["pruned"]["accuracy"]["top1"]
-    removed = 100 * report["params_removed"], 100 * report["flops_removed"]["fvcore"]
+    whole, narrow = runs = [load(name) for name in OURS]
+    base = whole["report"]["original"]["accuracy"]["top1"]
     lines = ["| method | Top-1 % | parameters removed % | FLOPs removed % |", "|---|---:|---:|---:|"]
     lines.append(f"| ResNet56, base of Lu et al. | {LU.base:.2f} | 0 | 0 |")
     for point in LAYERS:
         params = "not given" if point.params is None else f"{point.params:.2f}"
         lines.append(f"| {point.method} | {point.top1:.2f} | {params} | {point.macs:.2f} |")
     lines.append(f"| ResNet56, base of modprune | {base:.2f} | 0 | 0 |")
-    lines.append(f"| **modprune** | **{pruned:.2f}** | **{removed[0]:.2f}** | **{removed[1]:.2f}** |")
-    cpu = run["environment"]["cpu"]
-    once = first["report"]["pruned"]["accuracy"]["top1"]
-    state = f"{first['trained_epochs']} epochs taught by the unpruned network ({once:.2f} %)"
-    if first["epochs_on_another_schedule"]:
-        state += f", the first {first['epochs_on_another_schedule']} of them on schedules of other lengths"
-    state += f", then {run['trained_epochs']} by the mean of three public networks"
-    blocks = f"{len(run['removed'])} of {len(run['scores'])} blocks removed"
-    note = f"{blocks}; {state}; one seed; on {cpu}; FLOPs as fvcore counts."
-    return "\n".join([*lines, "", note])
+    for run, what in zip(runs, ("blocks", "blocks and a little width"), strict=True):
+        removed = run["report"]["params_removed"], run["report"]["flops_removed"]["fvcore"]
+        cells = [f"**{value:.2f}**" for value in (_top1(run), 100 * removed[0], 100 * removed[1])]
+        lines.append(_row([f"**modprune, {what}**", *cells]))
+    first, teachers = whole["before"], "the mean of three public networks"
+    notes = [
+        f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed; {_epochs(first, 'the unpruned network')} "
+        f"({_top1(first):.2f} %), then {_epochs(whole, teachers)}.",
+        f"From there, {narrow['width']:.0%} of the channels inside the blocks that stay, one of each layer at least, "
+        f"removed as well; {_epochs(narrow, teachers)}.",
+        f"One seed; {whole['environment']['cpu']}; FLOPs as fvcore counts.",
+    ]
+    return "\n".join([*lines, "", " ".join(notes)])
+
+
+def _epochs(run: dict[str, Any], teacher: str) -> str:
+    """How long a run was, and whether all of it was on one schedule."""
+    recipe = Recipe(**{field.name: run["recipe"][field.name] for field in fields(Recipe)})
+    other = epochs_on_another_schedule(run["history"], recipe, TRAINING_IMAGES // run["recipe"]["batch_size"])
+    rest = f" (the first {other} on schedules of other lengths)" if other else ""
+    return f"{run['trained_epochs']} epochs{rest} taught by {teacher}"
+
+
+def _top1(run: dict[str, Any]) -> float:
+    return float(run["report"]["pruned"]["accuracy"]["top1"])
 
 
 def speed() -> str:

@@ -59,7 +59,6 @@ def main(data_dir: Path, weights: Path, out: Path, epochs: int, now: bool) -> No
         "scores": dict(plan.scores),
         "recipe": {**asdict(recipe), "batch_size": BATCH, "pad": PAD, "teacher": "the unpruned network, cached"},
         "trained_epochs": len(history),
-        "epochs_on_another_schedule": epochs_on_another_schedule(history, recipe, len(train) // BATCH),
         "seed": SEED,
         "device": device,
         "history": history,

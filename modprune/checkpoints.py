@@ -30,7 +30,6 @@ def save_state(accelerator: Any, folder: Path, epoch: int) -> None:
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)  # of a run of which this epoch is made anew
         older = states(folder)
         partial.rename(final)
         for state in older:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -125,12 +126,11 @@ def finetune(
     if (resume or halvings) and checkpoints is None:
         name = "resume=True" if resume else f"halvings={halvings}"
         raise ValueError(f"{name} needs checkpoints=FOLDER: the folder that states are written to")
-    if checkpoints is not None and not resume:
-        check_empty(Path(checkpoints))
-    run = _Run(model, train_loader, teacher, constants)
-    with _training(model, run), teaching(teacher) as teach:
-        run.prepare()
-        folder = None if checkpoints is None else Path(checkpoints)
+    folder = None if checkpoints is None else Path(checkpoints)
+    if folder is not None and not resume:
+        check_empty(folder)
+    with _precision_left_open(), _training(model), teaching(teacher) as teach:
+        run = _Run(model, train_loader, teacher, constants)
         if folder is not None and resume:
             run.check_resumable(folder)
             load_newest(run.accelerator, folder)
@@ -166,9 +166,10 @@ class _Run:
         self.halved = 0
         self.distill = recipe.distill if teacher is not None else 0.0
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient: nothing can be trained")
         # Somebody else's Accelerator in this process has settled the precision; ours has to follow it.
-        self.settled = is_initialized()
-        precision = None if self.settled else ("bf16" if autocast_dtype(self.device) else "no")
+        precision = None if is_initialized() else ("bf16" if autocast_dtype(self.device) else "no")
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.device.type == "cpu", device_placement=False)
         if self.accelerator.num_processes != place()[1]:
             seen = self.accelerator.num_processes
@@ -178,8 +179,6 @@ class _Run:
             )
         self.loader = self.accelerator.prepare(loader) if isinstance(loader, DataLoader) else loader
         self.steps = _steps(self.loader)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient: nothing can be trained")
         self.optimizer: Any = torch.optim.SGD(
             model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
             nesterov=recipe.momentum > 0,
@@ -188,17 +187,16 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: 0.5**self.halved * warmup_cosine(step, warm, total)
         )
-
-    def prepare(self) -> None:
         self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.optimizer.zero_grad()  # of what somebody's own loop has left
         self.accelerator.register_for_checkpointing(self.schedule, self)
 
     def check_resumable(self, folder: Path) -> None:
         """Before the state is loaded, which would leave the model with the weights of a run that is refused."""
-        if not states(folder):
+        found = states(folder)
+        if not found:
             return
-        newest = states(folder)[-1]
+        newest = found[-1]
         try:
             state = torch.load(newest / "custom_checkpoint_1.pkl", weights_only=True)  # the second one registered
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -341,17 +339,26 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 @contextmanager
-def _training(model: nn.Module, run: _Run) -> Iterator[None]:
-    """Modes as before afterwards, accelerate's wrapped `forward` taken off again, and its precision open again."""
+def _precision_left_open() -> Iterator[None]:
+    """Accelerate settles it once in a process: what we settle must not bind an Accelerator of somebody else's."""
+    settled = is_initialized()
+    try:
+        yield
+    finally:
+        if not settled:
+            AcceleratorState._reset_state()
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Modes as before afterwards, and accelerate's wrapped `forward` taken off again."""
     modes = {module: module.training for module in model.modules()}
     own = {name: value for name, value in vars(model).items() if name == "forward"}
     try:
         yield
     finally:
-        run.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
         model.__dict__.pop("forward", None)
         model.__dict__.update(own)
         for module, mode in modes.items():
             module.training = mode
-        if not run.settled:
-            AcceleratorState._reset_state()

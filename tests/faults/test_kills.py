@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from modprune import finetune
 from modprune.checkpoints import states
@@ -33,6 +35,8 @@ def run(folder: Path, loader=None, epochs=EPOCHS, **options) -> nn.Module:
 
 
 def child(folder: Path, result: Path) -> None:
+    # Forks share the usual lock: whoever is killed while holding it would stop all that come after.
+    tqdm.set_lock(threading.RLock())
     torch.save(run(folder, resume=True).state_dict(), result)
 
 
@@ -41,9 +45,9 @@ def is_writing(folder: Path) -> bool:
 
 
 def wait(folder: Path, seconds: float) -> None:
-    """So long, or until one more state is there."""
+    """So long, or until one more state is there, and alone."""
     before, deadline = states(folder)[-1:], time.monotonic() + seconds
-    while time.monotonic() < deadline and states(folder)[-1:] == before:
+    while time.monotonic() < deadline and ((now := states(folder))[-1:] == before or len(now) > 1):
         time.sleep(0.0005)
 
 

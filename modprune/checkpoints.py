@@ -11,13 +11,16 @@ from modprune._autograd import first_line
 PREFIX = "epoch-"
 
 
-def save_state(accelerator: Any, folder: Path, epoch: int) -> None:
-    """Write the state after `epoch` to `folder/epoch-NNNN` and delete older ones once it is there.
+def save_state(accelerator: Any, folder: Path, epoch: int, step: int = 0) -> None:
+    """Write the state after `epoch`, and `step` steps of the next one, and delete older ones once it is there.
+
+    It is named `folder/epoch-NNNN`, or `folder/epoch-NNNN-step-NNNNNNN` amid an epoch.
 
     Raises:
         OSError: if it cannot be written; older states stay.
     """
-    final, partial = folder / f"{PREFIX}{epoch:04d}", folder / f".{PREFIX}{epoch:04d}.partial"
+    name = f"{PREFIX}{epoch:04d}" + (f"-step-{step:07d}" if step else "")
+    final, partial = folder / name, folder / f".{name}.partial"
     if accelerator.is_main_process and partial.exists():
         shutil.rmtree(partial)
     accelerator.wait_for_everyone()
@@ -37,20 +40,21 @@ def save_state(accelerator: Any, folder: Path, epoch: int) -> None:
     accelerator.wait_for_everyone()
 
 
-def load_newest(accelerator: Any, folder: Path) -> int:
-    """Bring the newest state in `folder` back and return its epoch; 0, and nothing happens, where there is none yet.
+def load_newest(accelerator: Any, folder: Path) -> tuple[int, int]:
+    """Bring the newest state in `folder` back and return its epoch and step; zeros where there is none yet.
 
     Raises:
         ValueError: if it is damaged or of another network.
     """
     found = states(folder)
     if not found:
-        return 0
+        return 0, 0
     try:
         accelerator.load_state(str(found[-1]))
     except Exception as error:  # as above
         raise ValueError(f"{found[-1]}: cannot be loaded ({first_line(error)}): start in a new folder") from error
-    return int(found[-1].name.removeprefix(PREFIX))
+    epoch, _, step = found[-1].name.removeprefix(PREFIX).partition("-step-")
+    return int(epoch), int(step or 0)
 
 
 def states(folder: Path) -> list[Path]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from tqdm import tqdm
 
 from modprune._autograd import first_line
 from modprune._inputs import call, device_of, split_batch, to_device
-from modprune._processes import place
+from modprune._processes import everyones, place
+from modprune._random import from_batch, random_state
 from modprune.checkpoints import check_empty, load_newest, save_state, states
 from modprune.data import set_epoch
 from modprune.distill import CachedTeacher, Teacher, distillation_loss, logits_of, teaching
 from modprune.evaluate import evaluate
+from modprune.signals import Notice, put_off
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,11 @@ def finetune(
             the processes; anything else gives each process its share itself, as `ImageLoader` does.
         val_loader: Top-1 is measured on it after every epoch, for people to watch; nothing is chosen by it.
         teacher: a module that takes the same inputs, or a callable from a batch to logits such as `CachedTeacher`.
-        checkpoints: a folder for the state after each epoch; only the newest is kept.
-        resume: go on from the newest state in `checkpoints`, to the result of an uninterrupted run. With another
-            number of epochs, the rate goes on along the cosine of that number.
+        checkpoints: a folder for the state after each epoch; only the newest is kept. SIGTERM is then obeyed only
+            after the step that it comes in, whose state is written too.
+        resume: go on from the newest state in `checkpoints`, to the result of an uninterrupted run: amid an epoch,
+            its batches up to there are drawn once more. With another number of epochs, the rate goes on along the
+            cosine of that number.
         halvings: how often to go back to the newest state, with half the rate, if the loss stops being finite; needs
             `checkpoints`.
         progress: show a bar.
@@ -129,21 +134,26 @@ def finetune(
     folder = None if checkpoints is None else Path(checkpoints)
     if folder is not None and not resume:
         check_empty(folder)
-    with _precision_left_open(), _training(model), teaching(teacher) as teach:
+    ended = nullcontext(Notice()) if folder is None else put_off(signal.SIGTERM)
+    with ended as told, _precision_left_open(), _training(model), teaching(teacher) as teach:
         run = _Run(model, train_loader, teacher, constants)
         if folder is not None and resume:
             run.check_resumable(folder)
             load_newest(run.accelerator, folder)
         if folder is not None and halvings and not states(folder):
             save_state(run.accelerator, folder, 0)  # for the first epoch to go back to
-        while (epoch := len(run.history)) < constants.epochs:
+        while (epoch := len(run.history)) < constants.epochs and not told.anywhere():
             try:
-                loss, right, speed = run.epoch(epoch, teach, progress)
+                loss, right, speed = run.epoch(epoch, teach, progress, told)
             except Diverged:
                 if folder is None or run.halved == halvings:
                     raise
                 run.go_back(folder)
                 continue
+            except BrokenOff as at:
+                assert folder is not None  # else nobody is told
+                save_state(run.accelerator, folder, epoch, at.step)
+                break
             top1 = evaluate(model, val_loader).top1 if val_loader is not None else None
             run.history.append(Epoch(epoch + 1, loss, run.rate, speed, top1, right))
             if after_epoch is not None:
@@ -157,6 +167,14 @@ class Diverged(RuntimeError):
     """The loss is no finite number."""
 
 
+class BrokenOff(Exception):
+    """The process is to end: after the `step`-th step of an epoch."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
 class _Run:
     """One training run: everything that a checkpoint has to bring back."""
 
@@ -164,6 +182,7 @@ class _Run:
         self.model, self.recipe, self.device = model, recipe, device_of(model)
         self.history: list[Epoch] = []
         self.halved = 0
+        self.begun: dict[str, Any] | None = None  # of an epoch that was broken off: how far it had come
         self.distill = recipe.distill if teacher is not None else 0.0
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -201,10 +220,11 @@ class _Run:
             state = torch.load(newest / "custom_checkpoint_1.pkl", weights_only=True)  # the second one registered
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"{newest}: cannot be read ({first_line(error)}): start in a new folder") from None
-        mine = asdict(self.recipe)
-        other = {n: value for n, value in state["recipe"].items() if n != "epochs" and value != mine.get(n)}
+        mine = self.constants
+        other = {n: value for n, value in state["constants"].items() if n != "epochs" and value != mine[n]}
         if other:
-            raise ValueError(f"the checkpoint is of a run with {other}, this one has other values: start a new folder")
+            has = {n: mine[n] for n in other}
+            raise ValueError(f"the checkpoint is of a run with {other}, this one has {has}: start in a new folder")
         if len(state["history"]) > self.recipe.epochs:
             done = len(state["history"])
             raise ValueError(f"epochs={self.recipe.epochs}: the run in {folder} has done {done} already")
@@ -218,48 +238,74 @@ class _Run:
         self.halved = halved
 
     @property
+    def constants(self) -> dict[str, Any]:
+        """What a run that goes on must have in common with this one; the epochs may become more."""
+        return {**asdict(self.recipe), "steps": self.steps, "processes": self.accelerator.num_processes}
+
+    @property
     def rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
 
-    def epoch(self, epoch: int, teach: Teacher | None, progress: bool) -> tuple[float, float | None, float]:
-        """One pass over the data: mean loss, Top-1 in percent, and images per second over all processes."""
+    def epoch(
+        self, epoch: int, teach: Teacher | None, progress: bool, told: Notice
+    ) -> tuple[float, float | None, float]:
+        """One pass over the data: mean loss, Top-1 in percent, and images per second over all processes.
+
+        Raises BrokenOff after the step in which any process is found to be told to end.
+        """
         self.model.train()
         set_epoch(self.loader, epoch)
         title = f"epoch {epoch + 1}/{self.recipe.epochs}"
         quiet = not (progress and self.accelerator.is_main_process)
         bar = tqdm(self.loader, title, self.steps, leave=False, disable=quiet)
         means, seen, started = _Means(title, self.accelerator), 0, time.perf_counter()
-        for batch in bar:
-            batch = to_device(batch, self.device)
-            inputs, labels = split_batch(batch)
-            with self.accelerator.autocast():
-                logits = logits_of(call(self.net, inputs)).float()
-            loss = distillation_loss(logits, labels, teach and teach(batch), self.distill, self.recipe.temperature)
-            self.accelerator.backward(loss)
-            self.optimizer.step()
-            self.schedule.step()
-            self.optimizer.zero_grad()
-            means.add(loss.detach(), _share_right(logits.detach(), labels))
-            seen += len(logits) * self.accelerator.num_processes
-            if means.due:
+        first, start, batches = 0, random_state(), iter(bar)
+        if self.begun:
+            first, start = self.begun["step"], self.begun["start"][place()[0]]
+            batches = from_batch(bar, first, start)
+            means.load_state_dict(self.begun)
+        for step, batch in enumerate(batches, first + 1):
+            loss, right, images = self.step(to_device(batch, self.device), teach)
+            means.add(loss, right)
+            seen += images * self.accelerator.num_processes
+            due = means.due
+            if due:
                 top1 = {} if means.top1() is None else {"top1": f"{means.top1():.1f}"}
                 speed = f"{seen / (time.perf_counter() - started):.0f}/s"
                 bar.set_postfix({"loss": f"{means.loss():.3f}", **top1, "lr": f"{self.rate:.4f}", "images": speed})
+            if (due or self.accelerator.num_processes == 1) and told.anywhere():
+                self.begun = {"step": step, **means.state_dict(), "start": everyones(start)}
+                raise BrokenOff(step)
+        self.begun = None
         done = means.loss(), means.top1(), seen / (time.perf_counter() - started)
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise Diverged(f"{title}: the weights are not finite after the last step; try a lower lr")
         return done
 
+    def step(self, batch: Any, teach: Teacher | None) -> tuple[Tensor, Tensor, int]:
+        """One update: loss, share of right answers, number of images."""
+        inputs, labels = split_batch(batch)
+        with self.accelerator.autocast():
+            logits = logits_of(call(self.net, inputs)).float()
+        loss = distillation_loss(logits, labels, teach and teach(batch), self.distill, self.recipe.temperature)
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return loss.detach(), _share_right(logits.detach(), labels), len(logits)
+
     def state_dict(self) -> dict[str, Any]:
         said = self.cached.state_dict() if self.cached else None
         history = [asdict(epoch) for epoch in self.history]
-        return {"recipe": asdict(self.recipe), "history": history, "halved": self.halved, "teacher": said}
+        done = {"history": history, "begun": self.begun, "halved": self.halved, "teachers": everyones(said)}
+        return {"constants": self.constants, **done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.halved = state["halved"]
+        self.halved, self.begun = state["halved"], state["begun"]
         self.history[:] = [Epoch(**epoch) for epoch in state["history"]]
-        if self.cached and state.get("teacher"):
-            self.cached.load_state_dict(state["teacher"])
+        said = state["teachers"][place()[0]]
+        if self.cached and said:
+            self.cached.load_state_dict(said)
 
 
 def _steps(loader: Iterable[Any]) -> int:
@@ -305,6 +351,13 @@ class _Means:
         self._read()
         mean = 100 * math.fsum(self.right) / len(self.right)
         return mean if math.isfinite(mean) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        self._read()
+        return {"losses": self.losses, "right": self.right}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses, self.right = state["losses"], state["right"]
 
     def _read(self) -> None:
         new = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []

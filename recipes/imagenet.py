@@ -3,17 +3,19 @@
     accelerate launch recipes/imagenet.py --model torchvision:resnet50 --data-dir imagenet --flops 0.3 --out runs/r50
 
 --data-dir holds train/CLASS/*.jpg and val/CLASS/*.jpg. One process or many, bf16 where the device has it, gradient
-accumulation, label smoothing, an average of the weights (EMA). --resume goes on after an interruption.
+accumulation, label smoothing, an average of the weights (EMA). --resume goes on after an interruption: after SIGTERM
+from the step that it came at, after a kill from the last whole epoch.
 """
 
 import argparse
 import copy
+import signal
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
@@ -24,6 +26,7 @@ import modprune
 from modprune.checkpoints import check_empty, load_newest, save_state
 from modprune.criteria import Modularity
 from modprune.finetune import autocast_dtype, warmup_cosine
+from modprune.signals import put_off
 from modprune.specs import build_model
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,7 +36,7 @@ TEST = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), *TO_TENSO
 MOMENTUM, WEIGHT_DECAY, SMOOTHING = 0.9, 1e-4, 0.1  # of torchvision's reference for ResNets
 DISTILL, TEMPERATURE = 0.5, 1.0
 EMA_DECAY = 0.9998
-LOOK = 25  # steps between looks at the loss, each of which an accelerator has to wait for
+LOOK = 25  # updates between looks at the loss and at the others, which an accelerator has to wait for
 
 
 class Images(ImageFolder):
@@ -83,7 +86,11 @@ def main(arguments: argparse.Namespace) -> None:
     if not arguments.resume:
         check_empty(checkpoints)
     precision = "bf16" if autocast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
-    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=arguments.accumulate)
+    # The order of an epoch is the same when it is begun again.
+    order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed)
+    accelerator = Accelerator(
+        mixed_precision=precision, gradient_accumulation_steps=arguments.accumulate, dataloader_config=order
+    )
     teacher = pretrained(arguments.model, arguments.weights).to(accelerator.device).eval()
     train = Images(arguments.data_dir / "train", TRAIN)
     plain, test = Images(arguments.data_dir / "train", TEST), Images(arguments.data_dir / "val", TEST)
@@ -112,32 +119,43 @@ def main(arguments: argparse.Namespace) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 0.05 * steps, steps))
     model, optimizer = accelerator.prepare(bare, optimizer)
     accelerator.register_for_checkpointing(schedule, ema)
-    first = load_newest(accelerator, checkpoints) if arguments.resume else 0
+    first, begun = load_newest(accelerator, checkpoints) if arguments.resume else (0, 0)
 
-    for epoch in range(first, arguments.epochs):
-        model.train()
-        bar = tqdm(train_loader, f"epoch {epoch + 1}", disable=not accelerator.is_main_process)
-        for step, (images, labels) in enumerate(bar):
-            with accelerator.accumulate(model), accelerator.autocast():
-                logits = model(images).float()
-                with torch.no_grad():
-                    soft = F.log_softmax(teacher(images).float() / TEMPERATURE, 1)
-                hard = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
-                kl = F.kl_div(F.log_softmax(logits / TEMPERATURE, 1), soft, reduction="batchmean", log_target=True)
-                loss = (1 - DISTILL) * hard + DISTILL * TEMPERATURE**2 * kl
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            schedule.step()
-            if accelerator.sync_gradients:
+    with put_off(signal.SIGTERM) as told:
+        for epoch in range(first, arguments.epochs):
+            model.train()
+            left = skip_first_batches(train_loader, begun)
+            left.set_epoch(epoch)
+            bar = tqdm(left, f"epoch {epoch + 1}", disable=not accelerator.is_main_process)
+            for step, (images, labels) in enumerate(bar, begun + 1):
+                with accelerator.accumulate(model), accelerator.autocast():
+                    logits = model(images).float()
+                    with torch.no_grad():
+                        soft = F.log_softmax(teacher(images).float() / TEMPERATURE, 1)
+                    hard = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
+                    kl = F.kl_div(F.log_softmax(logits / TEMPERATURE, 1), soft, reduction="batchmean", log_target=True)
+                    loss = (1 - DISTILL) * hard + DISTILL * TEMPERATURE**2 * kl
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                schedule.step()
+                if not accelerator.sync_gradients:
+                    continue
                 ema.update_parameters(bare)
-            if step % LOOK == 0:
-                if not loss.isfinite():
-                    raise RuntimeError(f"epoch {epoch + 1}, step {step + 1}: the loss is {loss}; try a lower --lr")
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-        save_state(accelerator, checkpoints, epoch + 1)
-        if accelerator.is_main_process:
-            print(f"epoch {epoch + 1}: Top-1 of the average {modprune.evaluate(ema.module, test_loader).top1:.2f} %")
+                if step // arguments.accumulate % LOOK == 0:
+                    if not loss.isfinite():
+                        raise RuntimeError(f"epoch {epoch + 1}, step {step}: the loss is {loss}; try a lower --lr")
+                    bar.set_postfix(loss=f"{loss.item():.3f}")
+                    if told.anywhere():
+                        save_state(accelerator, checkpoints, epoch, step)
+                        return
+            begun = 0
+            save_state(accelerator, checkpoints, epoch + 1)
+            if told.anywhere():
+                return
+            if accelerator.is_main_process:
+                top1 = modprune.evaluate(ema.module, test_loader).top1
+                print(f"epoch {epoch + 1}: Top-1 of the average {top1:.2f} %")
 
     unread = [accelerator.reduce(data.unread.int().to(accelerator.device)) for data in (train, test)]
     accelerator.print(f"unreadable images left out: {sum(int((by > 0).sum()) for by in unread)}")
@@ -162,7 +180,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are added up")
     parser.add_argument("--lr", type=float, default=0.02, help="peak rate for 256 images an update")
     parser.add_argument("--workers", type=int, default=8, help="processes that read images")
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration images")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration images, and of the order of training")
     parser.add_argument("--out", type=Path, required=True, help="folder for all results")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     return parser.parse_args(argv)

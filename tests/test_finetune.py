@@ -7,8 +7,10 @@ import importlib
 import json
 import math
 import os
+import signal
 import socket
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,8 +33,8 @@ def network(seed: int = 0) -> nn.Module:
     return CifarResNet((1, 1, 1))
 
 
-def loader() -> ImageLoader:
-    return ImageLoader(DATA, 64, pad=1, shuffle=True)
+def loader(batch_size: int = 64) -> ImageLoader:
+    return ImageLoader(DATA, batch_size, pad=1, shuffle=True)
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -97,10 +99,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
     resumed, again = run(checkpoints=tmp_path, resume=True)
     assert same(whole, resumed)
     assert [e.loss for e in again] == [e.loss for e in history]
-    for recipe, message in (({"epochs": 4, "lr": 0.5}, "of a run with"), ({"epochs": 3}, "has done 4 already")):
+    for size, recipe, message in (
+        (64, {"epochs": 4, "lr": 0.5}, r"of a run with \{'lr': 0.1\}, this one has \{'lr': 0.5\}: start in"),
+        (32, {"epochs": 4}, r"of a run with \{'steps': 4\}, this one has \{'steps': 8\}"),
+        (64, {"epochs": 3}, "has done 4 already"),
+    ):
         other = network(2)
         with pytest.raises(ValueError, match=message):
-            finetune(other, loader(), checkpoints=tmp_path, resume=True, progress=False, **recipe)
+            finetune(other, loader(size), checkpoints=tmp_path, resume=True, progress=False, **recipe)
         assert same(other, network(2))
 
 
@@ -271,6 +277,26 @@ def trained(batch_size: int, **options) -> tuple[nn.Module, dict[str, list]]:
     return model, {"images": [asdict(epoch) for epoch in mine], "torch": [asdict(epoch) for epoch in theirs]}
 
 
+class Telling(CachedTeacher):
+    """Tells this process to end when it is asked for the `at`-th time."""
+
+    asked, at = 0, 0
+
+    def __call__(self, batch) -> torch.Tensor:
+        self.asked += 1
+        if self.asked == self.at:
+            signal.raise_signal(signal.SIGTERM)
+        return super().__call__(batch)
+
+
+def broken_off(folder: Path, at: int = 0) -> nn.Module:
+    """One run, from the newest state in `folder` on; this process is told to end in its step `at`."""
+    model, teacher, images = plain_network(), Telling(plain_network(), len(DATA), looks=2), loader()
+    teacher.at = at
+    finetune(model, images, teacher=teacher, epochs=4, lr=0.05, checkpoints=folder, resume=True, progress=False)
+    return model
+
+
 def _rank(rank: int, folder: str, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -279,6 +305,11 @@ def _rank(rank: int, folder: str, port: int) -> None:
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(history, file)
+    module._Means.every, broken = 1, Path(folder) / "broken"  # steps between the looks at what the others are told
+    with pytest.raises(SystemExit, match="143"):
+        broken_off(broken, at=3 if rank else 0)
+    assert [state.name for state in states(broken)] == ["epoch-0001-step-0000001"]
+    assert same(broken_off(broken), broken_off(Path(folder) / "alone"))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

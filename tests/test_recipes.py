@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import modprune
+from modprune.checkpoints import states
 from modprune.data import digits
 from modprune.models import resnet20
 from modprune.specs import build_model
@@ -76,7 +78,7 @@ def image_folder(root: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's loader, about pinned memory
-def test_imagenet(tmp_path, capsys):
+def test_imagenet(tmp_path, capsys, monkeypatch):
     image_folder(tmp_path / "data")
     broken = tmp_path / "data" / "train" / "class1" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
@@ -92,14 +94,28 @@ def test_imagenet(tmp_path, capsys):
     imagenet.main(imagenet.parse([*map(str, command[2:]), "--epochs", "1"]))
     assert "epoch 1: Top-1" in capsys.readouterr().out
     AcceleratorState._reset_state(True)  # what a process of its own would take with it
-    again = [*map(str, command), "--epochs", "2", "--resume"]  # goes on with the first
+    rate = imagenet.warmup_cosine
+
+    def told_amid_the_second_epoch(step, *constants):
+        if step == 9:  # of 6 an epoch
+            signal.raise_signal(signal.SIGTERM)
+        return rate(step, *constants)
+
+    monkeypatch.setattr(imagenet, "LOOK", 1)
+    monkeypatch.setattr(imagenet, "warmup_cosine", told_amid_the_second_epoch)
+    with pytest.raises(SystemExit, match="143"):
+        imagenet.main(imagenet.parse([*map(str, command[2:]), "--epochs", "2", "--resume"]))
+    assert [state.name for state in states(tmp_path / "out" / "checkpoints")] == ["epoch-0001-step-0000004"]
+    AcceleratorState._reset_state(True)
+    again = [*map(str, command), "--epochs", "3", "--resume"]
     done = subprocess.run(again, capture_output=True, text=True, env=ENV, check=False)
     assert done.returncode == 0, done.stderr
     with pytest.raises(ValueError, match="holds an unfinished run: resume it, or give another folder"):
         imagenet.main(imagenet.parse(list(map(str, command[2:]))))
     assert f"skipped {broken}" in done.stderr
     assert "\nunreadable images left out: 1\n" in done.stdout
-    assert done.stdout.count("epoch 2: Top-1") == 1
+    assert "epoch 2:   0%|          | 0/2" in done.stderr
+    assert done.stdout.count("epoch 2: Top-1") == done.stdout.count("epoch 3: Top-1") == 1
     assert "epoch 1: Top-1" not in done.stdout
     assert json.loads((tmp_path / "out" / "report.json").read_text())["flops_removed"]["modprune"] >= 0.1
     modprune.load(tmp_path / "out" / "model.safetensors", build_model(network))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
@@ -65,13 +66,15 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes that are no part of torch's own state; dicts and lists as they are now."""
-    plain = {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
+    values = vars(module)
+    plain = {name: values[name] for name in values.keys() - _TORCHS_OWN}
     return {name: copy.copy(value) if type(value) in (dict, list) else value for name, value in plain.items()}
 
 
 def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
-    for name, value in list(vars(module).items()):
-        if name in _TORCHS_OWN or value is before.get(name) or not differentiable_tensors(value):
+    for name in vars(module).keys() - _TORCHS_OWN:
+        value = vars(module)[name]
+        if value is before.get(name) or not differentiable_tensors(value):
             continue
         if name not in before:
             delattr(module, name)
@@ -118,11 +121,19 @@ class Call:
     outputs: tuple[int, ...] = ()
     times: int = 1
 
+    @cached_property
+    def own(self) -> dict[int, int]:
+        """The sizes of the module's parameters by their `id`."""
+        return {id(parameter): parameter.numel() for parameter in self.module.parameters()}
+
 
 def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[dict[str, Call], Any]:
     """Calls of all sub-modules that hold others, in the order in which they began, and the model's output.
 
-    With `leaves` those that hold none are among them, which takes longer.
+    Args:
+        model: traceable.
+        inputs: example inputs on its device.
+        leaves: also calls of sub-modules that hold no others, which takes longer.
 
     Raises:
         RuntimeError: if the model cannot run on `inputs`; one line.
@@ -131,6 +142,7 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
     # Later layers may write into what goes in: the proof needs it as it is then.
     values: dict[Edge, Tensor] = {}
 
+    @_unseen
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = first_tensor((args, kwargs))
         start = None if x is None else edge(x)
@@ -138,9 +150,11 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
             calls[name].times += 1
         elif x is not None and start is not None:
             if _is_composite(module) and start not in values:
-                values[start] = x.detach().clone()
-            calls[name] = Call(name, module, args, kwargs, values.get(start, x.detach()), start)
+                with torch.no_grad():
+                    values[start] = x.clone()
+            calls[name] = Call(name, module, args, kwargs, values[start] if start in values else x.detach(), start)
 
+    @_unseen
     def after(name: str, out: Any) -> None:
         y = first_tensor(out)
         if name in calls and y is not None and calls[name].end is None:
@@ -193,6 +207,17 @@ class _SumsOutOfPlace(TorchFunctionMode):
         if function in (Tensor.add_, Tensor.__iadd__) and args[0]._is_view():
             function = torch.add
         return function(*args, **(kwargs or {}))
+
+
+def _unseen(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` past the mode above, which would look at each attribute of a tensor that it reads."""
+
+    @wraps(function)
+    def unseen(*args: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            function(*args)
+
+    return unseen
 
 
 def _differentiable(value: Any) -> Any:

@@ -110,8 +110,8 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
             calls, output = record_calls(model, inputs, leaves=True)
             found = _plain(model, calls, users(output))
         own = {n: [p for p in m._parameters.values() if p is not None] for n, m in model.named_modules()}
-        uses = Counter(id(p) for ps in own.values() for p in ps)
-        blocks = [_describe(model, calls[name], kind, stays, own, uses, macs) for name, (kind, stays) in found.items()]
+        places = Counter(id(p) for ps in own.values() for p in ps)
+        blocks = [_describe(model, calls[n], kind, stays, own, places, macs) for n, (kind, stays) in found.items()]
     return Blocks(blocks, refused)
 
 
@@ -120,12 +120,13 @@ def check_bare(model: nn.Module) -> None:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(f"the model is wrapped in {type(model).__name__}: pass model.module, then wrap it anew")
     # Version 1 wraps modules, version 2 puts DTensors in the place of parameters. To import either takes a second.
-    if any(hasattr(m, "_fsdp_wrapped_module") for m in model.modules()) or any(
-        hasattr(p, "device_mesh") for p in model.parameters()
-    ):
-        raise ValueError("the model is sharded over devices (FSDP): remove blocks before, then shard what is left")
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        raise ValueError("the model is compiled: pass the module as it was before, then compile it anew")
+    for module in model.modules():
+        if "_fsdp_wrapped_module" in module._modules or any(
+            hasattr(parameter, "device_mesh") for parameter in module._parameters.values()
+        ):
+            raise ValueError("the model is sharded over devices (FSDP): remove blocks before, then shard what is left")
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise ValueError("the model is compiled: pass the module as it was before, then compile it anew")
 
 
 # The kind of a block and the parameters of it that stay, by id: those of a transition's shortcut.
@@ -173,8 +174,7 @@ def _is_more_than(outer: Call, kind: str, inner: Sequence[Call]) -> bool:
         adds = last_sum(outer.end[0]) not in inside
     else:
         adds = identity_path(outer.end, outer.start, without=inside) == "branch"
-    theirs = sum(p.numel() for call in inner for p in call.module.parameters())
-    return adds and 3 * sum(p.numel() for p in outer.module.parameters()) >= 4 * theirs
+    return adds and 3 * sum(outer.own.values()) >= 4 * sum(size for call in inner for size in call.own.values())
 
 
 def _kind(seen: Call) -> str:
@@ -211,8 +211,7 @@ def _obstacle(seen: Call, uses: dict[Any, set[Any]]) -> str:
 def _is_fed(seen: Call) -> bool:
     """Whether parameters from outside the block reach its output other than through its input."""
     assert seen.end is not None
-    own = {id(parameter) for parameter in seen.module.parameters()}
-    return any(id(parameter) not in own for parameter in parameters(between(seen.end[0], seen.start)))
+    return any(id(parameter) not in seen.own for parameter in parameters(between(seen.end[0], seen.start)))
 
 
 def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) -> _Found:
@@ -236,7 +235,7 @@ def _describe(
     kind: str,
     stays: set[int],
     own: dict[str, list[nn.Parameter]],
-    uses: Counter[int],
+    places: Counter[int],
     macs: dict[str, int],
 ) -> Block:
     roots = [seen.name]
@@ -246,7 +245,7 @@ def _describe(
     inside = {name: own[name] for name in names if name in own}
     here = Counter(id(p) for ps in inside.values() for p in ps)
     going = {id(p): p.numel() for ps in inside.values() for p in ps if id(p) not in stays}
-    freed = sum(size for key, size in going.items() if here[key] == uses[key])
+    freed = sum(size for key, size in going.items() if here[key] == places[key])
     staying = {name for name, ps in inside.items() if any(id(p) in stays for p in ps)}
     alone = sum(macs[name] - sum(macs[child] for child in _children(model, name)) for name in staying)
     layers = tuple(name for name, ps in inside.items() if ps and name not in staying)

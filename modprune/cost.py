@@ -89,6 +89,11 @@ class _Flops(TorchDispatchMode):
     supports_higher_order_operators = True
     total = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else torch wraps each call lest a compiler look into it, which takes as long as the call.
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         formula = flop_registry.get(getattr(function, "_overloadpacket", None))

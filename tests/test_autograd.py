@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modprune._autograd import differentiable_tensors, edge, identity_path, last_sum, operands, record_calls, traceable
+from modprune import find_blocks
+from modprune._autograd import (
+    differentiable_tensors,
+    edge,
+    identity_path,
+    last_sum,
+    operands,
+    record_calls,
+    traceable,
+)
 from tests.oracles import snapshot
 
 
@@ -95,6 +104,7 @@ def test_a_sum_in_place_into_a_view_is_seen_and_done():
     with traceable(model):
         calls, output = record_calls(model, x)
     seen = calls["1"]
+    assert find_blocks(model, x).names == ("1",)
     assert identity_path(seen.end, seen.start) == "branch"
     assert torch.equal(output, model(x))
 

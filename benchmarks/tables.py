@@ -31,7 +31,11 @@ counted by hand from the papers beforehand. Last, the time of `find_blocks` in m
 passes and one build of the dependency graph. *neither*: the unpruned network cannot do it either; *no*: see below the
 table. By `python -m benchmarks.zoo`."""
 TRAINING_IMAGES = 50_000
-OURS = ("resnet56-cifar10", "resnet56-cifar10-narrow")
+OURS = {
+    "resnet56-cifar10": "blocks",
+    "resnet56-cifar10-narrow": "blocks and a little width",
+    "resnet56-cifar10-quarter": "blocks and width",
+}
 PRUNED = ("unpruned", "depth", "width")
 SHOWN_LEFT = 0.60  # the budget at which the blocks left are shown
 STEPS = ("forward", "round_trip", "width", "pruner", "gradients", "depgraph", "compile", "export", "onnx")
@@ -45,7 +49,8 @@ def load(name: str) -> dict[str, Any]:
 
 def headline() -> str:
     """Ours beside the published rows."""
-    whole, narrow = runs = [load(name) for name in OURS]
+    runs = {what: load(name) for name, what in OURS.items()}
+    whole, *narrower = runs.values()
     base = whole["report"]["original"]["accuracy"]["top1"]
     lines = ["| method | Top-1 % | parameters removed % | FLOPs removed % |", "|---|---:|---:|---:|"]
     lines.append(f"| ResNet56, base of Lu et al. | {LU.base:.2f} | 0 | 0 |")
@@ -53,7 +58,7 @@ def headline() -> str:
         params = "not given" if point.params is None else f"{point.params:.2f}"
         lines.append(f"| {point.method} | {point.top1:.2f} | {params} | {point.macs:.2f} |")
     lines.append(f"| ResNet56, base of modprune | {base:.2f} | 0 | 0 |")
-    for run, what in zip(runs, ("blocks", "blocks and a little width"), strict=True):
+    for what, run in runs.items():
         removed = run["report"]["params_removed"], run["report"]["flops_removed"]["fvcore"]
         cells = [f"**{value:.2f}**" for value in (_top1(run), 100 * removed[0], 100 * removed[1])]
         lines.append(_row([f"**modprune, {what}**", *cells]))
@@ -61,11 +66,37 @@ def headline() -> str:
     notes = [
         f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed; {_epochs(first, 'the unpruned network')} "
         f"({_top1(first):.2f} %), then {_epochs(whole, teachers)}.",
-        f"From there, {narrow['width']:.0%} of the channels inside the blocks that stay, one of each layer at least, "
-        f"removed as well; {_epochs(narrow, teachers)}.",
+        *(
+            f"From there, {run['width']:.0%} of the channels inside the blocks that stay, one of each layer at least, "
+            f"removed as well; {_epochs(run, teachers)}."
+            for run in narrower
+        ),
         f"One seed; {whole['environment']['cpu']}; FLOPs as fvcore counts.",
     ]
     return "\n".join([*lines, "", " ".join(notes)])
+
+
+def levers() -> str:
+    """What each run in the chain that leads to the smallest network added, and what it gave."""
+    lines = [_row(["run", "new in it", "epochs", "peak rate", "FLOPs removed %", "Top-1 %"])]
+    lines.append(_row(["---", "---", *["---:"] * 4]))
+    chain = [load(list(OURS)[-1])]
+    while "before" in chain[0]:
+        chain.insert(0, chain[0]["before"])
+    for before, run in zip([None, *chain], chain, strict=False):
+        new = [] if before and before["recipe"]["teacher"] == run["recipe"]["teacher"] else [_teacher(run)]
+        new += [f"{run['width']:.0%} of the inner channels cut"] if run.get("width") else []
+        new += [] if before else [f"{len(run['removed'])} blocks removed by modularity, jointly"]
+        top1 = f"{_top1(run):.2f}" + (f" ({_top1(run) - _top1(before):+.2f})" if before else "")
+        removed = f"{100 * run['report']['flops_removed']['fvcore']:.2f}"
+        cells = str(run["trained_epochs"]), str(run["recipe"]["lr"]), removed, top1
+        lines.append(_row([str(1 + chain.index(run)), "; ".join(new), *cells]))
+    return "\n".join(lines)
+
+
+def _teacher(run: dict[str, Any]) -> str:
+    several = run["recipe"]["teacher"].startswith("mean of")
+    return "taught by the mean of three public networks" if several else "taught by the unpruned network"
 
 
 def _epochs(run: dict[str, Any], teacher: str) -> str:
@@ -217,6 +248,7 @@ def arithmetic() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
+    "levers": levers,
     "clock": clock,
     "clocks": clocks,
     "speed": speed,

@@ -12,34 +12,63 @@ import torch
 T = TypeVar("T")
 
 
-def random_state() -> dict[str, Any]:
-    """Of Python, NumPy, and torch on all devices."""
+def random_state(loader: object) -> dict[str, Any]:
+    """Of Python, NumPy, torch on all devices, and the generators that a loader has of its own."""
     kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
-        "python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda
-    }  # fmt: skip
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "own": own_state(loader),
+    }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def own_state(loader: object) -> list[torch.Tensor]:
+    """Of the generators that a loader has of its own: accelerate gives it one in several processes."""
+    return [generator.get_state() for generator in _generators(loader)]
+
+
+def set_own_state(state: list[torch.Tensor], loader: object) -> None:
+    """What `own_state` gave."""
+    for generator, own in zip(_generators(loader), state, strict=True):
+        generator.set_state(own)
+
+
+def set_random_state(state: dict[str, Any], loader: object) -> None:
     """What `random_state` gave."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+    set_own_state(state["own"], loader)
 
 
-def from_batch(loader: Iterable[T], first: int, start: dict[str, Any]) -> Iterator[T]:
-    """The batches of an epoch from number `first` on, counted from 0, as if those before had just been used.
+def _generators(loader: object) -> list[torch.Generator]:
+    """Those of a DataLoader and its samplers, each once."""
+    found: dict[int, torch.Generator] = {}
+    parts: list[object] = [loader]
+    for part in parts:
+        for name in ("generator", "synchronized_generator"):
+            generator = getattr(part, name, None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+        inner = [getattr(part, name, None) for name in ("sampler", "batch_sampler")]
+        parts += [one for one in inner if one is not None and all(one is not other for other in parts)]
+    return list(found.values())
+
+
+def from_batch(loader: Iterable[T], batches: Iterable[T], first: int, start: dict[str, Any]) -> Iterator[T]:
+    """The `batches` of a loader from number `first` on, counted from 0, as if those before had just been used.
 
     They are drawn again, from `start`, the state in which the epoch began; what is random afterwards goes on from the
     state that is found.
     """
-    found = random_state()
-    set_random_state(start)
-    for number, batch in enumerate(loader):
+    found = random_state(loader)
+    set_random_state(start, loader)
+    for number, batch in enumerate(batches):
         if number >= first:
             yield batch
         elif number == first - 1:
-            set_random_state(found)
+            set_random_state(found, loader)

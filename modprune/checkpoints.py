@@ -21,8 +21,8 @@ def save_state(accelerator: Any, folder: Path, epoch: int, step: int = 0) -> Non
     """
     name = f"{PREFIX}{epoch:04d}" + (f"-step-{step:07d}" if step else "")
     final, partial = folder / name, folder / f".{name}.partial"
-    if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)
+    for cut in folder.glob(f".{PREFIX}*.partial") if accelerator.is_main_process else ():
+        shutil.rmtree(cut)
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial))

@@ -74,7 +74,7 @@ class CachedTeacher:
 
     def state_dict(self) -> dict[str, Tensor | None]:
         """What the teacher has said so far, for a checkpoint: a resumed run need not ask again."""
-        return {"seen": self._seen, "total": self._total}
+        return {"seen": self._seen.cpu(), "total": None if self._total is None else self._total.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """What `state_dict` gave."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import pickle
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from signal import SIG_IGN, SIGTERM
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from modprune._autograd import first_line
 from modprune._inputs import call, device_of, split_batch, to_device
 from modprune._processes import everyones, place
-from modprune._random import from_batch, random_state
+from modprune._random import from_batch, own_state, random_state, set_own_state
 from modprune.checkpoints import check_empty, load_newest, save_state, states
 from modprune.data import set_epoch
 from modprune.distill import CachedTeacher, Teacher, distillation_loss, logits_of, teaching
@@ -108,7 +108,7 @@ def finetune(
         val_loader: Top-1 is measured on it after every epoch, for people to watch; nothing is chosen by it.
         teacher: a module that takes the same inputs, or a callable from a batch to logits such as `CachedTeacher`.
         checkpoints: a folder for the state after each epoch; only the newest is kept. SIGTERM is then obeyed only
-            after the step that it comes in, whose state is written too.
+            after the step that it comes in (in several processes within 25), whose state is written too.
         resume: go on from the newest state in `checkpoints`, to the result of an uninterrupted run: amid an epoch,
             its batches up to there are drawn once more. With another number of epochs, the rate goes on along the
             cosine of that number.
@@ -134,15 +134,15 @@ def finetune(
     folder = None if checkpoints is None else Path(checkpoints)
     if folder is not None and not resume:
         check_empty(folder)
-    ended = nullcontext(Notice()) if folder is None else put_off(signal.SIGTERM)
+    ended = nullcontext(Notice(SIGTERM, SIG_IGN)) if folder is None else put_off(SIGTERM)
     with ended as told, _precision_left_open(), _training(model), teaching(teacher) as teach:
-        run = _Run(model, train_loader, teacher, constants)
+        run = _Run(model, train_loader, teacher, constants, folder)
         if folder is not None and resume:
             run.check_resumable(folder)
             load_newest(run.accelerator, folder)
         if folder is not None and halvings and not states(folder):
             save_state(run.accelerator, folder, 0)  # for the first epoch to go back to
-        while (epoch := len(run.history)) < constants.epochs and not told.anywhere():
+        while (epoch := len(run.history)) < constants.epochs:
             try:
                 loss, right, speed = run.epoch(epoch, teach, progress, told)
             except Diverged:
@@ -150,16 +150,14 @@ def finetune(
                     raise
                 run.go_back(folder)
                 continue
-            except BrokenOff as at:
-                assert folder is not None  # else nobody is told
-                save_state(run.accelerator, folder, epoch, at.step)
-                break
             top1 = evaluate(model, val_loader).top1 if val_loader is not None else None
             run.history.append(Epoch(epoch + 1, loss, run.rate, speed, top1, right))
             if after_epoch is not None:
                 after_epoch(run.history[-1])
             if folder is not None:
                 save_state(run.accelerator, folder, epoch + 1)
+            if told.anywhere():
+                told.obey()
     return run.history
 
 
@@ -167,22 +165,16 @@ class Diverged(RuntimeError):
     """The loss is no finite number."""
 
 
-class BrokenOff(Exception):
-    """The process is to end: after the `step`-th step of an epoch."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(step)
-        self.step = step
-
-
 class _Run:
     """One training run: everything that a checkpoint has to bring back."""
 
-    def __init__(self, model: nn.Module, loader: Iterable[Any], teacher: object, recipe: Recipe) -> None:
-        self.model, self.recipe, self.device = model, recipe, device_of(model)
+    def __init__(
+        self, model: nn.Module, loader: Iterable[Any], teacher: object, recipe: Recipe, folder: Path | None
+    ) -> None:
+        self.model, self.recipe, self.folder, self.device = model, recipe, folder, device_of(model)
         self.history: list[Epoch] = []
         self.halved = 0
-        self.begun: dict[str, Any] | None = None  # of an epoch that was broken off: how far it had come
+        self.begun: dict[str, Any] | None = None  # of an epoch that a state lies in: how far it had come
         self.distill = recipe.distill if teacher is not None else 0.0
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -217,17 +209,17 @@ class _Run:
             return
         newest = found[-1]
         try:
-            state = torch.load(newest / "custom_checkpoint_1.pkl", weights_only=True)  # the second one registered
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            # the second one registered
+            state = torch.load(newest / "custom_checkpoint_1.pkl", weights_only=True, map_location="cpu")
+            theirs, mine, done = state["constants"], self.constants, len(state["history"]) + bool(state["begun"])
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
             raise ValueError(f"{newest}: cannot be read ({first_line(error)}): start in a new folder") from None
-        mine = self.constants
-        other = {n: value for n, value in state["constants"].items() if n != "epochs" and value != mine[n]}
+        other = {n: value for n, value in theirs.items() if n != "epochs" and value != mine.get(n)}
         if other:
-            has = {n: mine[n] for n in other}
+            has = {n: mine.get(n) for n in other}
             raise ValueError(f"the checkpoint is of a run with {other}, this one has {has}: start in a new folder")
-        if len(state["history"]) > self.recipe.epochs:
-            done = len(state["history"])
-            raise ValueError(f"epochs={self.recipe.epochs}: the run in {folder} has done {done} already")
+        if done > self.recipe.epochs:
+            raise ValueError(f"epochs={self.recipe.epochs}: the run in {folder} has done or begun {done} already")
 
     def go_back(self, folder: Path) -> None:
         """To the newest state, with half the rate."""
@@ -251,7 +243,7 @@ class _Run:
     ) -> tuple[float, float | None, float]:
         """One pass over the data: mean loss, Top-1 in percent, and images per second over all processes.
 
-        Raises BrokenOff after the step in which any process is found to be told to end.
+        Once any process is told to end, the state is written after the step, and the signal obeyed.
         """
         self.model.train()
         set_epoch(self.loader, epoch)
@@ -259,12 +251,15 @@ class _Run:
         quiet = not (progress and self.accelerator.is_main_process)
         bar = tqdm(self.loader, title, self.steps, leave=False, disable=quiet)
         means, seen, started = _Means(title, self.accelerator), 0, time.perf_counter()
-        first, start, batches = 0, random_state(), iter(bar)
+        first, start, batches = 0, random_state(self.loader), iter(bar)
         if self.begun:
             first, start = self.begun["step"], self.begun["start"][place()[0]]
-            batches = from_batch(bar, first, start)
+            batches = from_batch(self.loader, batches, first, start)
             means.load_state_dict(self.begun)
+            self.begun = None
         for step, batch in enumerate(batches, first + 1):
+            if first and step == first + 1:
+                started = time.perf_counter()  # those drawn again are not counted
             loss, right, images = self.step(to_device(batch, self.device), teach)
             means.add(loss, right)
             seen += images * self.accelerator.num_processes
@@ -275,12 +270,19 @@ class _Run:
                 bar.set_postfix({"loss": f"{means.loss():.3f}", **top1, "lr": f"{self.rate:.4f}", "images": speed})
             if (due or self.accelerator.num_processes == 1) and told.anywhere():
                 self.begun = {"step": step, **means.state_dict(), "start": everyones(start)}
-                raise BrokenOff(step)
-        self.begun = None
+                self.check_finite(title)
+                assert self.folder is not None  # else nobody is told
+                save_state(self.accelerator, self.folder, epoch, step)
+                self.begun = None
+                told.obey()
         done = means.loss(), means.top1(), seen / (time.perf_counter() - started)
+        self.check_finite(title)
+        return done
+
+    def check_finite(self, title: str) -> None:
+        """Before a state is written: the loss tells only what the weights were before the step."""
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise Diverged(f"{title}: the weights are not finite after the last step; try a lower lr")
-        return done
 
     def step(self, batch: Any, teach: Teacher | None) -> tuple[Tensor, Tensor, int]:
         """One update: loss, share of right answers, number of images."""
@@ -297,15 +299,17 @@ class _Run:
     def state_dict(self) -> dict[str, Any]:
         said = self.cached.state_dict() if self.cached else None
         history = [asdict(epoch) for epoch in self.history]
-        done = {"history": history, "begun": self.begun, "halved": self.halved, "teachers": everyones(said)}
-        return {"constants": self.constants, **done}
+        own = everyones({"teacher": said, "drawn": own_state(self.loader)})
+        done = {"history": history, "begun": self.begun, "halved": self.halved}
+        return {"constants": self.constants, **done, "own": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.halved, self.begun = state["halved"], state["begun"]
         self.history[:] = [Epoch(**epoch) for epoch in state["history"]]
-        said = state["teachers"][place()[0]]
-        if self.cached and said:
-            self.cached.load_state_dict(said)
+        own = state["own"][place()[0]]
+        set_own_state(own["drawn"], self.loader)
+        if self.cached and own["teacher"]:
+            self.cached.load_state_dict(own["teacher"])
 
 
 def _steps(loader: Iterable[Any]) -> int:

@@ -5,35 +5,47 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 from modprune._processes import everyones
 
 
 @dataclass
 class Notice:
-    """That a signal has come."""
+    """That a signal has come, which would have gone to the handler `before`."""
 
+    number: int
+    before: Callable[[int, FrameType | None], Any] | int | None
     came: bool = False
 
     def anywhere(self) -> bool:
         """Whether it has, here or in another process, which all ask together; then it has come to all of them."""
-        self.came = any(everyones(self.came))
-        return self.came
+        told = any(everyones(self.came))
+        self.came = self.came or told  # it may have come here meanwhile
+        return told
+
+    def obey(self) -> None:
+        """Do now what the signal would have done; the default ending is an orderly exit with the code 128 + number."""
+        self.came = False
+        if self.before is signal.SIG_DFL:
+            sys.exit(128 + self.number)
+        if callable(self.before):
+            self.before(self.number, None)
 
 
 @contextmanager
 def put_off(number: int) -> Iterator[Notice]:
-    """Only note a signal that would end the process, and obey it at the end.
+    """Only note a signal that would end the process, to be obeyed when it suits, at the end at the latest.
 
-    Whatever the signal did before it does then, but that the default ending becomes an orderly exit with the code
-    128 + number. One that is ignored stays so. Outside the main thread, which alone can, nothing is put off.
+    One that is ignored stays so. Outside the main thread, which alone can, nothing is put off. An error goes first.
     """
-    notice, before = Notice(), signal.getsignal(number)
-    if before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
-        yield notice
+    notice = Notice(number, signal.getsignal(number))
+    if notice.before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
+        yield Notice(number, signal.SIG_IGN)
         return
 
     def note(*_: object) -> None:
@@ -43,8 +55,6 @@ def put_off(number: int) -> Iterator[Notice]:
     try:
         yield notice
     finally:
-        signal.signal(number, before)
-        if notice.came and before is signal.SIG_DFL:
-            sys.exit(128 + number)
-        if notice.came:
-            signal.raise_signal(number)
+        signal.signal(number, notice.before)
+    if notice.came:
+        notice.obey()

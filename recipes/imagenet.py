@@ -4,11 +4,12 @@
 
 --data-dir holds train/CLASS/*.jpg and val/CLASS/*.jpg. One process or many, bf16 where the device has it, gradient
 accumulation, label smoothing, an average of the weights (EMA). --resume goes on after an interruption: after SIGTERM
-from the step that it came at, after a kill from the last whole epoch.
+from the update that it came at (in several processes from one of the next), after a kill from the last whole epoch.
 """
 
 import argparse
 import copy
+import json
 import signal
 import sys
 from pathlib import Path
@@ -119,6 +120,14 @@ def main(arguments: argparse.Namespace) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 0.05 * steps, steps))
     model, optimizer = accelerator.prepare(bare, optimizer)
     accelerator.register_for_checkpointing(schedule, ema)
+    # What a state counts in: another batch size or number of processes would turn its steps and its rate into others.
+    counted = {"steps an epoch": len(train_loader), "processes": accelerator.num_processes, "lr": lr}
+    counted_file = arguments.out / "steps.json"
+    before = json.loads(counted_file.read_text()) if arguments.resume and counted_file.exists() else counted
+    if before != counted:
+        raise ValueError(f"--resume: the run in {arguments.out} has {before}, this one {counted}: start it as that was")
+    if accelerator.is_main_process and not arguments.resume:
+        counted_file.write_text(json.dumps(counted) + "\n")
     first, begun = load_newest(accelerator, checkpoints) if arguments.resume else (0, 0)
 
     with put_off(signal.SIGTERM) as told:
@@ -142,17 +151,18 @@ def main(arguments: argparse.Namespace) -> None:
                 if not accelerator.sync_gradients:
                     continue
                 ema.update_parameters(bare)
-                if step // arguments.accumulate % LOOK == 0:
+                look = step // arguments.accumulate % LOOK == 0
+                if look:
                     if not loss.isfinite():
                         raise RuntimeError(f"epoch {epoch + 1}, step {step}: the loss is {loss}; try a lower --lr")
                     bar.set_postfix(loss=f"{loss.item():.3f}")
-                    if told.anywhere():
-                        save_state(accelerator, checkpoints, epoch, step)
-                        return
+                if (look or accelerator.num_processes == 1) and told.anywhere():
+                    save_state(accelerator, checkpoints, epoch, step)
+                    told.obey()
             begun = 0
             save_state(accelerator, checkpoints, epoch + 1)
             if told.anywhere():
-                return
+                told.obey()
             if accelerator.is_main_process:
                 top1 = modprune.evaluate(ema.module, test_loader).top1
                 print(f"epoch {epoch + 1}: Top-1 of the average {top1:.2f} %")

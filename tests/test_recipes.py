@@ -101,11 +101,13 @@ def test_imagenet(tmp_path, capsys, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return rate(step, *constants)
 
-    monkeypatch.setattr(imagenet, "LOOK", 1)
     monkeypatch.setattr(imagenet, "warmup_cosine", told_amid_the_second_epoch)
     with pytest.raises(SystemExit, match="143"):
         imagenet.main(imagenet.parse([*map(str, command[2:]), "--epochs", "2", "--resume"]))
     assert [state.name for state in states(tmp_path / "out" / "checkpoints")] == ["epoch-0001-step-0000004"]
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match=r"--resume: the run in .* has \{'steps an epoch': 6, .* this one"):
+        imagenet.main(imagenet.parse([*map(str, command[2:]), "--batch-size", "8", "--epochs", "2", "--resume"]))
     AcceleratorState._reset_state(True)
     again = [*map(str, command), "--epochs", "3", "--resume"]
     done = subprocess.run(again, capture_output=True, text=True, env=ENV, check=False)

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from modprune import finetune
+from modprune import finetune, signals
 from modprune.checkpoints import states
 from modprune.data import ImageLoader, digits
 from modprune.finetune import Epoch
 from modprune.models import CifarResNet, resnet20
+from modprune.signals import put_off
 
 IMAGES = digits(True).subset(torch.arange(160))
 STEPS, EPOCHS = 5, 3
@@ -73,6 +74,9 @@ LOADERS = {
     "ImageLoader": lambda: ImageLoader(IMAGES, 32, pad=1, shuffle=True),
     "lazy": Lazy,
     "prefetched": lambda: DataLoader(TensorDataset(IMAGES.images / 255, IMAGES.labels), 32, shuffle=True),
+    "generator of its own": lambda: DataLoader(
+        TensorDataset(IMAGES.images / 255, IMAGES.labels), 32, shuffle=True, generator=torch.Generator().manual_seed(1)
+    ),
     "two workers": lambda: DataLoader(Noisy(), 32, shuffle=True, num_workers=2),
 }
 
@@ -105,7 +109,7 @@ def test_it_goes_on_from_the_very_step_to_the_same_weights(tmp_path, kind):
     assert [(e.loss, e.lr, e.train_top1) for e in again] == [(e.loss, e.lr, e.train_top1) for e in history]
 
 
-def test_a_handler_of_ones_own_is_called_at_the_end_and_stays(tmp_path):
+def test_a_handler_of_ones_own_is_called_after_the_step_and_if_it_returns_the_run_goes_on(tmp_path):
     called = []
     handler = lambda *_: called.append(states(tmp_path))  # noqa: E731
     before = signal.signal(signal.SIGTERM, handler)
@@ -115,7 +119,8 @@ def test_a_handler_of_ones_own_is_called_at_the_end_and_stays(tmp_path):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert [state.name for state in called[0]] == ["epoch-0001-step-0000002"]
-    assert len(history) == 1
+    assert len(history) == EPOCHS
+    assert [epoch.loss for epoch in history] == [epoch.loss for epoch in run("lazy")[1]]
 
 
 def test_where_it_is_ignored_the_run_goes_on(tmp_path):
@@ -125,6 +130,45 @@ def test_where_it_is_ignored_the_run_goes_on(tmp_path):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert len(history) == EPOCHS
+
+
+def test_an_error_is_not_hidden_by_the_signal(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="the state after epoch 0 cannot be written"):
+        run("lazy", tmp_path / "file" / "new", at=2)
+
+
+def test_a_state_of_weights_that_the_step_broke_is_not_written(tmp_path):
+    loader = [(torch.full((4, 1, 8, 8), 1e30), torch.zeros(4, dtype=torch.int64))] * 3
+
+    def teach(batch) -> torch.Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return torch.zeros(4, 10)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    nn.init.zeros_(model[1].weight)
+    with pytest.raises(RuntimeError, match="the weights are not finite after the last step"):
+        finetune(model, loader, teacher=teach, epochs=1, lr=1e30, checkpoints=tmp_path, progress=False)
+    assert states(tmp_path) == []
+
+
+def test_a_signal_that_comes_while_the_others_are_asked_is_not_lost(monkeypatch):
+    def told_meanwhile(value):
+        signal.raise_signal(signal.SIGTERM)
+        return [value]
+
+    monkeypatch.setattr(signals, "everyones", told_meanwhile)
+    asked = []
+    with pytest.raises(SystemExit), put_off(signal.SIGTERM) as told:
+        asked.append(told.anywhere())
+    assert asked == [False]
+
+
+def test_a_run_that_an_epoch_is_begun_of_does_not_end_before_it(tmp_path):
+    with pytest.raises(SystemExit):
+        run("lazy", tmp_path, at=2 * STEPS + 1)
+    with pytest.raises(ValueError, match="has done or begun 3 already"):
+        finetune(network(), Lazy(), epochs=2, lr=0.05, checkpoints=tmp_path, resume=True, progress=False)
 
 
 def test_outside_the_main_thread_nothing_is_put_off(tmp_path):

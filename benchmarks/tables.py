@@ -67,8 +67,8 @@ def headline() -> str:
         f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed; {_epochs(first, 'the unpruned network')} "
         f"({_top1(first):.2f} %), then {_epochs(whole, teachers)}.",
         *(
-            f"From there, {run['width']:.0%} of the channels inside the blocks that stay, one of each layer at least, "
-            f"removed as well; {_epochs(run, teachers)}."
+            f"From there, {run['width']:.0%} of the channels inside the blocks that stay (one of each layer at least): "
+            f"{_epochs(run, 'the same')}."
             for run in narrower
         ),
         f"One seed; {whole['environment']['cpu']}; FLOPs as fvcore counts.",

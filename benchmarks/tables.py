@@ -62,10 +62,10 @@ def headline() -> str:
         removed = run["report"]["params_removed"], run["report"]["flops_removed"]["fvcore"]
         cells = [f"**{value:.2f}**" for value in (_top1(run), 100 * removed[0], 100 * removed[1])]
         lines.append(_row([f"**modprune, {what}**", *cells]))
-    first, teachers = whole["before"], "the mean of three public networks"
+    first = whole["before"]
     notes = [
-        f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed; {_epochs(first, 'the unpruned network')} "
-        f"({_top1(first):.2f} %), then {_epochs(whole, teachers)}.",
+        f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed; {_epochs(first, _teacher(first))} "
+        f"({_top1(first):.2f} %), then {_epochs(whole, _teacher(whole))}.",
         *(
             f"From there, {run['width']:.0%} of the channels inside the blocks that stay (one of each layer at least): "
             f"{_epochs(run, 'the same')}."
@@ -83,20 +83,22 @@ def levers() -> str:
     chain = [load(list(OURS)[-1])]
     while "before" in chain[0]:
         chain.insert(0, chain[0]["before"])
-    for before, run in zip([None, *chain], chain, strict=False):
-        new = [] if before and before["recipe"]["teacher"] == run["recipe"]["teacher"] else [_teacher(run)]
+    for number, (before, run) in enumerate(zip([None, *chain[:-1]], chain, strict=True), 1):
+        new = (
+            [] if before and before["recipe"]["teacher"] == run["recipe"]["teacher"] else [f"taught by {_teacher(run)}"]
+        )
         new += [f"{run['width']:.0%} of the inner channels cut"] if run.get("width") else []
         new += [] if before else [f"{len(run['removed'])} blocks removed by modularity, jointly"]
         top1 = f"{_top1(run):.2f}" + (f" ({_top1(run) - _top1(before):+.2f})" if before else "")
         removed = f"{100 * run['report']['flops_removed']['fvcore']:.2f}"
         cells = str(run["trained_epochs"]), str(run["recipe"]["lr"]), removed, top1
-        lines.append(_row([str(1 + chain.index(run)), "; ".join(new), *cells]))
+        lines.append(_row([str(number), "; ".join(new), *cells]))
     return "\n".join(lines)
 
 
 def _teacher(run: dict[str, Any]) -> str:
     several = run["recipe"]["teacher"].startswith("mean of")
-    return "taught by the mean of three public networks" if several else "taught by the unpruned network"
+    return "the mean of three public networks" if several else "the unpruned network"
 
 
 def _epochs(run: dict[str, Any], teacher: str) -> str:

@@ -156,8 +156,8 @@ def finetune(
                 after_epoch(run.history[-1])
             if folder is not None:
                 save_state(run.accelerator, folder, epoch + 1)
-            if told.anywhere():
-                told.obey()
+                if told.anywhere():
+                    told.obey()
     return run.history
 
 
@@ -268,10 +268,9 @@ class _Run:
                 top1 = {} if means.top1() is None else {"top1": f"{means.top1():.1f}"}
                 speed = f"{seen / (time.perf_counter() - started):.0f}/s"
                 bar.set_postfix({"loss": f"{means.loss():.3f}", **top1, "lr": f"{self.rate:.4f}", "images": speed})
-            if (due or self.accelerator.num_processes == 1) and told.anywhere():
+            if self.folder is not None and (due or self.accelerator.num_processes == 1) and told.anywhere():
                 self.begun = {"step": step, **means.state_dict(), "start": everyones(start)}
                 self.check_finite(title)
-                assert self.folder is not None  # else nobody is told
                 save_state(self.accelerator, self.folder, epoch, step)
                 self.begun = None
                 told.obey()

@@ -288,7 +288,8 @@ class _Run:
         inputs, labels = split_batch(batch)
         with self.accelerator.autocast():
             logits = logits_of(call(self.net, inputs)).float()
-        loss = distillation_loss(logits, labels, teach and teach(batch), self.distill, self.recipe.temperature)
+            soft = teach and teach(batch)
+        loss = distillation_loss(logits, labels, soft, self.distill, self.recipe.temperature)
         self.accelerator.backward(loss)
         self.optimizer.step()
         self.schedule.step()
@@ -387,11 +388,13 @@ def warmup_cosine(step: int, warmup: float, total: int) -> float:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where matrix units take it (CUDA from Ampere on, CPUs with AMX), else None: emulation is slower."""
+    """bfloat16 where the hardware multiplies it faster than float32 (CUDA from Ampere on, CPUs with AMX or
+    AVX512-BF16), else None: emulation is slower.
+    """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and has_amx() else None
+    units = [getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("amx_tile", "avx512_bf16")]
+    return torch.bfloat16 if device.type == "cpu" and any(supported() for supported in units) else None
 
 
 @contextmanager

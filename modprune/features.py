@@ -152,11 +152,10 @@ class LayerGrams:
             gram: Tensor | None = None
             for slabs in passes:
                 features = self._collect(sample, slabs, columns, counts)
-                # All products of a pass in one go: two thread pools (numpy's and torch's) in turns slow both down.
-                products = {slab: inner_products(rows) for slab, rows in features.items()}
                 for slab in slabs:
-                    if slab in products:
-                        gram = products[slab] if gram is None else gram.add_(products[slab])
+                    if slab in features:
+                        products = inner_products(features[slab])
+                        gram = products if gram is None else gram.add_(products)
                     if slab.stop == columns[slab.layer]:
                         gram = total(self._arena.new_zeros(samples, samples) if gram is None else gram)
                         check_finite(gram.diagonal(), where=f"layer {slab.layer}: ")
@@ -325,16 +324,16 @@ def pairs(
 
 def _passes(columns: dict[str, int], samples: int, budget: int) -> Iterator[list[Slab]]:
     """Slabs of all layers in order, as many a pass as the budget holds; a single one is made to fit."""
-    width = max(1, min(SLAB, budget // (4 * samples) - samples))
+    room = budget // (4 * samples) - 2 * samples  # columns, beside the products of a slab and their sum
+    width = max(1, min(SLAB, room))
     batch: list[Slab] = []
-    free = budget
+    free = room
     for slab in [Slab(layer, a, min(a + width, m)) for layer, m in columns.items() for a in range(0, m, width)]:
-        size = 4 * samples * (slab.width + samples)  # its features and its products
-        if batch and size > free:
+        if batch and slab.width > free:
             yield batch
-            batch, free = [], budget
+            batch, free = [], room
         batch.append(slab)
-        free -= size
+        free -= slab.width
     yield batch
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 # saves half of the products. Otherwise rows are worked off in blocks that stay in the cache between the steps.
 WHOLE, LONG = 8192, 1024
 BLOCK = 2**21
+# Rows of such a matrix that are computed at a time: fewer compute more slowly, more compute more twice.
+PANEL = 128
 # Columns of which the maximum is taken before any is sorted.
 RUN = 64
 # Squares and products of float32 norms within these bounds neither overflow nor vanish.
@@ -84,12 +86,9 @@ def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
     if len(rows) <= WHOLE and rows.shape[1] >= LONG:
         return _nearest(inner_products(rows), inverse, k)
     size = max(1, BLOCK // len(rows))
-    products = rows.new_empty(size, len(rows))
     parts = []
     for start in range(0, len(rows), size):
-        block = rows[start : start + size]
-        torch.mm(block, rows.T, out=products[: len(block)])
-        parts.append(_nearest(products[: len(block)], inverse, k, start))
+        parts.append(_nearest(_product(rows[start : start + size], rows), inverse, k, start))
     return FeatureGraph(torch.cat([p.neighbours for p in parts]), torch.cat([p.weights for p in parts]))
 
 
@@ -161,11 +160,23 @@ def _inverse(norms: Tensor) -> Tensor:
 
 
 def inner_products(rows: Tensor) -> Tensor:
-    """`rows @ rows.T`; on the CPU by numpy, whose BLAS computes one half and copies the other (SYRK)."""
+    """`rows @ rows.T`; on the CPU panel by panel, each without the columns that an earlier one has given."""
     if rows.device.type != "cpu":
         return rows @ rows.T
-    array = rows.numpy()
-    return torch.from_numpy(array @ array.T)
+    products = rows.new_empty(len(rows), len(rows))
+    for start in range(0, len(rows), PANEL):
+        stop = start + PANEL
+        panel = _product(rows[start:stop], rows[start:])
+        products[start:stop, start:] = panel
+        products[stop:, start:stop] = panel[:, PANEL:].T
+    return products
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right.T`; on the CPU by oneDNN, whose kernels use AVX-512 on every processor that has it."""
+    if left.device.type == "cpu" and left.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return left @ right.T
 
 
 def _nearest(gram: Tensor, inverse: Tensor, k: int, start: int = 0) -> FeatureGraph:

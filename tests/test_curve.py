@@ -61,16 +61,16 @@ def test_less_memory_takes_more_passes_and_gives_the_same_numbers():
     ample = modularity_curve(model, loader(64), samples=64, repeats=1)
     few = len(passes)
     passes.clear()
-    tight = modularity_curve(model, loader(64), samples=64, repeats=1, budget=4 * 64 * (1024 + 64))
+    tight = modularity_curve(model, loader(64), samples=64, repeats=1, budget=4 * 64 * (1024 + 2 * 64))
     assert len(passes) > 2 * few
     assert np.array_equal(ample.q, tight.q)
-    tighter = modularity_curve(model, loader(64), samples=64, repeats=1, budget=4 * 64 * (100 + 64))
+    tighter = modularity_curve(model, loader(64), samples=64, repeats=1, budget=4 * 64 * (100 + 2 * 64))
     assert np.abs(tighter.q - ample.q).max() < 1e-6
     hook.remove()
 
 
 def test_features_stay_below_the_budget():
-    budget = 4 * 64 * (1024 + 64)
+    budget = 4 * 64 * (1024 + 2 * 64)
     grams = LayerGrams(network(), ("layer3.0", "conv1", "layer2.0"), budget)  # the first pass is the smallest
     for sample in draw(loader(64), 64, 1):
         arenas = {grams._arena.data_ptr(): grams._arena.numel() * 4 for _ in grams(sample)}

@@ -174,7 +174,8 @@ def inner_products(rows: Tensor) -> Tensor:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right.T`; on the CPU by oneDNN, whose kernels use AVX-512 on every processor that has it."""
-    if left.device.type == "cpu" and left.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    plain = left.device.type == "cpu" and left.dtype == torch.float32 and left.is_contiguous()
+    if plain and right.is_contiguous() and torch.backends.mkldnn.is_available():  # with strides, it takes minutes
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
     return left @ right.T
 

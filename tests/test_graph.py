@@ -115,6 +115,7 @@ def test_row_blocks_gram_layouts_and_types_agree(monkeypatch):
     assert graph_modularity(feature_graph_from_gram(rows @ rows.T), labels) == pytest.approx(q, abs=1e-6)
     channels_last = features.contiguous(memory_format=torch.channels_last)
     assert modularity(channels_last, labels) == pytest.approx(q, abs=1e-6)
+    assert modularity(rows.T.contiguous().T, labels) == pytest.approx(q, abs=1e-6)
     assert modularity(features.double(), labels) == pytest.approx(q, abs=1e-6)
     assert modularity(features.half(), labels) == pytest.approx(modularity(features.half().float(), labels), abs=1e-6)
     monkeypatch.setattr(modprune.graph, "BLOCK", 300 * 7)

@@ -1,4 +1,4 @@
-"""The real run, continued: the network of an earlier run learns once more, from three teachers at a lower rate.
+"""The real run, continued: the network of an earlier run learns once more, from several teachers.
 
     python -m benchmarks.resnet56_again --data-dir DIR --weights FILE --teachers FILE FILE [--start NAME] [--name NAME]
         [--width R]
@@ -63,7 +63,7 @@ def main(
     pruned = narrowed(load(RESULTS / f"{start}.safetensors"), width)
     pruned.to(device, memory_format=torch.channels_last)
     train, test = cifar10(data_dir, train=True), cifar10(data_dir, train=False)
-    taught_by = Ensemble([public(path) for path in (weights, *teachers)]).to(device, memory_format=torch.channels_last)
+    taught_by = Ensemble([teacher(path) for path in (weights, *teachers)]).to(device, memory_format=torch.channels_last)
     recipe, checkpoints = Recipe(epochs=epochs, lr=lr), Path("runs") / name / "checkpoints"
     history = finetune(
         pruned,
@@ -102,8 +102,10 @@ def narrowed(network: nn.Module, width: float) -> nn.Module:
     return PruningPlan((), width=cuts).apply(network, EXAMPLE)
 
 
-def public(path: Path) -> nn.Module:
-    """The network of a public checkpoint, whose file name begins with its own: `resnet32-d509ac18.th`."""
+def teacher(path: Path) -> nn.Module:
+    """A network of modprune's own file, or of a public checkpoint, whose file name tells it: `resnet32-d509ac18.th`."""
+    if path.suffix == ".safetensors":
+        return load(path)
     return load_weights(getattr(models, path.name.split("-")[0])(), path)
 
 
@@ -111,7 +113,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds cifar-10-batches-py")
     parser.add_argument("--weights", type=Path, required=True, help="the public checkpoint of ResNet56")
-    parser.add_argument("--teachers", type=Path, nargs="+", required=True, help="more public checkpoints")
+    parser.add_argument("--teachers", type=Path, nargs="+", required=True, help="more of them, or pruned networks")
     parser.add_argument("--start", default="resnet56-cifar10-first", help="result whose network learns once more")
     parser.add_argument("--name", default="resnet56-cifar10", help="result to write, and folder in runs/ to work in")
     parser.add_argument("--width", type=float, default=0.0, help="fraction of the channels inside blocks to cut first")

@@ -50,7 +50,7 @@ def load(name: str) -> dict[str, Any]:
 def headline() -> str:
     """Ours beside the published rows."""
     runs = {what: load(name) for name, what in OURS.items()}
-    whole, *narrower = runs.values()
+    whole = next(iter(runs.values()))
     base = whole["report"]["original"]["accuracy"]["top1"]
     lines = ["| method | Top-1 % | parameters removed % | FLOPs removed % |", "|---|---:|---:|---:|"]
     lines.append(f"| ResNet56, base of Lu et al. | {LU.base:.2f} | 0 | 0 |")
@@ -62,51 +62,52 @@ def headline() -> str:
         removed = run["report"]["params_removed"], run["report"]["flops_removed"]["fvcore"]
         cells = [f"**{value:.2f}**" for value in (_top1(run), 100 * removed[0], 100 * removed[1])]
         lines.append(_row([f"**modprune, {what}**", *cells]))
-    first = whole["before"]
-    notes = [
-        f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed; {_epochs(first, _teacher(first))} "
-        f"({_top1(first):.2f} %), then {_epochs(whole, _teacher(whole))}.",
-        *(
-            f"From there, {run['width']:.0%} of the channels inside the blocks that stay (one of each layer at least): "
-            f"{_epochs(run, 'the same')}."
-            for run in narrower
-        ),
-        f"One seed; {whole['environment']['cpu']}; FLOPs as fvcore counts.",
-    ]
-    return "\n".join([*lines, "", " ".join(notes)])
+    note = (
+        f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed from each of ours; one seed, last epoch; "
+        "FLOPs as fvcore counts."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def levers() -> str:
-    """What each run in the chain that leads to the smallest network added, and what it gave."""
-    lines = [_row(["run", "new in it", "epochs", "peak rate", "FLOPs removed %", "Top-1 %"])]
-    lines.append(_row(["---", "---", *["---:"] * 4]))
-    chain = [load(list(OURS)[-1])]
-    while "before" in chain[0]:
-        chain.insert(0, chain[0]["before"])
-    for number, (before, run) in enumerate(zip([None, *chain[:-1]], chain, strict=True), 1):
-        new = (
-            [] if before and before["recipe"]["teacher"] == run["recipe"]["teacher"] else [f"taught by {_teacher(run)}"]
-        )
-        new += [f"{run['width']:.0%} of the inner channels cut"] if run.get("width") else []
-        new += [] if before else [f"{len(run['removed'])} blocks removed by modularity, jointly"]
+    """What each run that leads to ours added to the one that it goes on from, and what it gave."""
+    lines = [_row(["run", "goes on from", "new in it", "epochs", "peak rate", "FLOPs removed %", "Top-1 %"])]
+    lines.append(_row(["---", "---", "---", *["---:"] * 4]))
+    runs = {run["command"]: run for name in OURS for run in _chain(load(name))}
+    for number, run in enumerate(runs.values(), 1):
+        before = run.get("before")
+        origin = str([*runs].index(before["command"]) + 1) if before else "the public network"
         top1 = f"{_top1(run):.2f}" + (f" ({_top1(run) - _top1(before):+.2f})" if before else "")
         removed = f"{100 * run['report']['flops_removed']['fvcore']:.2f}"
-        cells = str(run["trained_epochs"]), str(run["recipe"]["lr"]), removed, top1
-        lines.append(_row([str(number), "; ".join(new), *cells]))
+        lines.append(_row([str(number), origin, _new(run), _epochs(run), str(run["recipe"]["lr"]), removed, top1]))
     return "\n".join(lines)
 
 
+def _chain(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs before it, and itself."""
+    return [*(_chain(run["before"]) if "before" in run else []), run]
+
+
+def _new(run: dict[str, Any]) -> str:
+    before = run.get("before")
+    new = [] if before else [f"{len(run['removed'])} blocks removed by modularity, jointly"]
+    new += [f"{run['width']:.0%} of the inner channels cut"] if run.get("width") else []
+    if not before or before["recipe"]["teacher"] != run["recipe"]["teacher"]:
+        new.append(f"taught by {_teacher(run)}")
+    return "; ".join(new) or "more epochs"
+
+
 def _teacher(run: dict[str, Any]) -> str:
-    several = run["recipe"]["teacher"].startswith("mean of")
-    return "the mean of three public networks" if several else "the unpruned network"
+    public, ours = (run["recipe"]["teacher"].count(f"{suffix}'") for suffix in (".th", ".safetensors"))
+    several = f"the mean of {public} public networks" + (f" and {ours} of these" if ours else "")
+    return several if public else "the unpruned network"
 
 
-def _epochs(run: dict[str, Any], teacher: str) -> str:
+def _epochs(run: dict[str, Any]) -> str:
     """How long a run was, and whether all of it was on one schedule."""
     recipe = Recipe(**{field.name: run["recipe"][field.name] for field in fields(Recipe)})
     other = epochs_on_another_schedule(run["history"], recipe, TRAINING_IMAGES // run["recipe"]["batch_size"])
-    rest = f" (the first {other} on schedules of other lengths)" if other else ""
-    return f"{run['trained_epochs']} epochs{rest} taught by {teacher}"
+    return f"{run['trained_epochs']}" + (f" (the first {other} on schedules of other lengths)" if other else "")
 
 
 def _top1(run: dict[str, Any]) -> float:

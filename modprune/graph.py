@@ -16,7 +16,7 @@ from torch import Tensor
 # saves half of the products. Otherwise rows are worked off in blocks that stay in the cache between the steps.
 WHOLE, LONG = 8192, 1024
 BLOCK = 2**21
-# Rows of such a matrix that are computed at a time: fewer compute more slowly, more compute more twice.
+# Columns of such a matrix that are computed at a time: fewer compute more slowly, more compute more twice.
 PANEL = 128
 # Columns of which the maximum is taken before any is sorted.
 RUN = 64
@@ -160,15 +160,15 @@ def _inverse(norms: Tensor) -> Tensor:
 
 
 def inner_products(rows: Tensor) -> Tensor:
-    """`rows @ rows.T`; on the CPU panel by panel, each without the columns that an earlier one has given."""
+    """`rows @ rows.T`; on the CPU panel by panel, each without the rows that an earlier one has given."""
     if rows.device.type != "cpu":
         return rows @ rows.T
     products = rows.new_empty(len(rows), len(rows))
     for start in range(0, len(rows), PANEL):
         stop = start + PANEL
-        panel = _product(rows[start:stop], rows[start:])
-        products[start:stop, start:] = panel
-        products[stop:, start:stop] = panel[:, PANEL:].T
+        panel = _product(rows[start:], rows[start:stop])
+        products[start:, start:stop] = panel
+        products[start:stop, stop:] = panel[PANEL:].T
     return products
 
 

@@ -198,7 +198,12 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: 0.5**self.halved * warmup_cosine(step, warm, total)
         )
-        self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        own = {name: value for name, value in vars(model).items() if name == "forward"}
+        self.net, self.optimizer = self.accelerator.prepare(model, self.optimizer)
+        # A step casts by itself: whatever is measured between the steps is measured in the model's own precision.
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
+        model.__dict__.pop("forward", None)
+        model.__dict__.update(own)
         self.optimizer.zero_grad()  # of what somebody's own loop has left
         self.accelerator.register_for_checkpointing(self.schedule, self)
 
@@ -410,14 +415,10 @@ def _precision_left_open() -> Iterator[None]:
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """Modes as before afterwards, and accelerate's wrapped `forward` taken off again."""
+    """Modes as before afterwards."""
     modes = {module: module.training for module in model.modules()}
-    own = {name: value for name, value in vars(model).items() if name == "forward"}
     try:
         yield
     finally:
-        extract_model_from_parallel(model, keep_fp32_wrapper=False)
-        model.__dict__.pop("forward", None)
-        model.__dict__.update(own)
         for module, mode in modes.items():
             module.training = mode

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from modprune.checkpoints import states
 from modprune.data import ImageLoader, digits
 from modprune.distill import CachedTeacher
+from modprune.evaluate import evaluate
 from modprune.finetune import Recipe, finetune, warmup_cosine
 from modprune.models import CifarResNet
 
@@ -65,6 +66,18 @@ def test_the_bar_and_the_epochs_tell_the_accuracy_on_the_batches_as_they_came(ca
     (epoch,) = finetune(model, [{"x": images} for images, _ in batches], teacher=twin, epochs=1, distill=1.0)
     assert epoch.train_top1 is None
     assert "top1=" not in capsys.readouterr().err
+
+
+def test_what_is_measured_between_the_epochs_is_in_full_precision(monkeypatch):
+    monkeypatch.setattr(module, "autocast_dtype", lambda device: torch.bfloat16)
+    model, images, steps, seen = network(), DATA.images[:8].float(), [], []
+    model.linear.register_forward_hook(lambda m, _, out: steps.append(out.dtype) if m.training else None)
+    look = torch.no_grad()(lambda _: seen.append(model.eval()(images)))
+    (epoch,) = finetune(model, loader(), loader(), epochs=1, lr=0.05, progress=False, after_epoch=look)
+    look(None)
+    assert torch.equal(*seen)
+    assert set(steps) == {torch.bfloat16}
+    assert epoch.top1 == evaluate(model, loader()).top1
 
 
 def test_the_rate_rises_then_falls_to_zero():

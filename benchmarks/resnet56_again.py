@@ -79,8 +79,8 @@ def main(
     save(pruned, RESULTS / f"{name}.safetensors")
     names = [path.name for path in (weights, *teachers)]
     result = {
-        "command": "python -m benchmarks.resnet56_again --data-dir DIR --weights FILE --teachers FILE FILE"
-        f" --start {start} --name {name} --width {width} --epochs {epochs} --lr {lr} --seed {seed}",
+        "command": "python -m benchmarks.resnet56_again --data-dir DIR --weights FILE"
+        f" --teachers {' '.join(names[1:])} --start {start} --name {name} --width {width} --epochs {epochs} --lr {lr} --seed {seed}",
         "start": start,
         "width": width,
         "report": json.loads(report.to_json()),

@@ -80,7 +80,8 @@ def main(
     names = [path.name for path in (weights, *teachers)]
     result = {
         "command": "python -m benchmarks.resnet56_again --data-dir DIR --weights FILE"
-        f" --teachers {' '.join(names[1:])} --start {start} --name {name} --width {width} --epochs {epochs} --lr {lr} --seed {seed}",
+        f" --teachers {' '.join(names[1:])} --start {start} --name {name} --width {width} --epochs {epochs} --lr {lr}"
+        f" --seed {seed}",
         "start": start,
         "width": width,
         "report": json.loads(report.to_json()),

@@ -198,13 +198,22 @@ def criteria() -> str:
     """For every criterion and budget, what ResNet56 keeps of its Top-1."""
     rows = load("criteria")["rows"]
     budgets = sorted({row["asked"] for row in rows})
-    head = ["criterion", *(f"{budget:.0%} of the MACs" for budget in budgets), f"blocks left, {SHOWN_LEFT:.0%}"]
-    lines = [_row(head), _row(["---", *["---:"] * len(budgets), "---"])]
+    head = ["criterion", *(f"{budget:.0%} of the MACs" for budget in budgets)]
+    lines = [_row([*head, "mean place", f"blocks left, {SHOWN_LEFT:.0%}"])]
+    lines.append(_row(["---", *["---:"] * len(budgets), "---:", "---"]))
     by_name = {row["criterion"]: {r["asked"]: r for r in rows if r["criterion"] == row["criterion"]} for row in rows}
     for name, cells in by_name.items():
+        places = [_place(cells[budget], [row for row in rows if row["asked"] == budget]) for budget in budgets]
+        recovered = [_recovery(cells[budget]) for budget in budgets]
         left = _left_by_stage(cells[SHOWN_LEFT])
-        lines.append(_row([f"`{name}`", *(_recovery(cells[budget]) for budget in budgets), left]))
+        lines.append(_row([f"`{name}`", *recovered, f"{sum(places) / len(places):.1f}", left]))
     return "\n".join(lines)
+
+
+def _place(row: dict[str, Any], rivals: list[dict[str, Any]]) -> float:
+    """Among the fine-tuned, 1 for the best; equal ones share theirs."""
+    own, *others = (sum(r["finetuned"].values()) for r in [row, *(r for r in rivals if r is not row)])
+    return 1 + sum(other > own for other in others) + 0.5 * sum(other == own for other in others)
 
 
 def _left_by_stage(row: dict[str, Any]) -> str:

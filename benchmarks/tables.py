@@ -145,7 +145,8 @@ def speed() -> str:
     ]
     lines = ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
     machine = q["environment"]
-    note = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}."
+    note = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
+    note += f"; resnet50's curve: {memory['environment']['cpu']}, commit {memory['environment']['commit']}."
     return "\n".join([*lines, "", note])
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -198,12 +197,14 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: 0.5**self.halved * warmup_cosine(step, warm, total)
         )
-        own = {name: value for name, value in vars(model).items() if name == "forward"}
+        parts = {model, getattr(model, "_orig_mod", model)}  # of a model that torch.compile has wrapped
+        found = {part: dict(vars(part)) for part in parts}
         self.net, self.optimizer = self.accelerator.prepare(model, self.optimizer)
         # A step casts by itself: whatever is measured between the steps is measured in the model's own precision.
-        extract_model_from_parallel(model, keep_fp32_wrapper=False)
-        model.__dict__.pop("forward", None)
-        model.__dict__.update(own)
+        for part, own in found.items():
+            for name in {"forward", "_original_forward"} & vars(part).keys():
+                del part.__dict__[name]
+                part.__dict__.update({name: own[name]} if name in own else {})
         self.optimizer.zero_grad()  # of what somebody's own loop has left
         self.accelerator.register_for_checkpointing(self.schedule, self)
 

@@ -80,6 +80,17 @@ def test_what_is_measured_between_the_epochs_is_in_full_precision(monkeypatch):
     assert epoch.top1 == evaluate(model, loader()).top1
 
 
+def test_a_model_wrapped_by_torch_compile_is_trained_and_left_as_found(monkeypatch):
+    monkeypatch.setattr(module, "autocast_dtype", lambda device: torch.bfloat16)
+    model = network()
+    wrapped = torch.compile(model, backend="eager")
+    forward = vars(wrapped)["forward"]
+    (epoch,) = finetune(wrapped, loader(), loader(), epochs=1, lr=0.05, progress=False)
+    assert vars(wrapped)["forward"] is forward
+    assert not {"forward", "_original_forward"} & vars(model).keys()
+    assert epoch.top1 == evaluate(model, loader()).top1
+
+
 def test_the_rate_rises_then_falls_to_zero():
     rates = [warmup_cosine(step, 10, 100) for step in range(101)]
     assert rates[:10] == sorted(rates[:10])

@@ -1,12 +1,12 @@
 """The real run, continued: the network of an earlier run learns once more, from several teachers.
 
     python -m benchmarks.resnet56_again --data-dir DIR --weights FILE --teachers FILE FILE [--start NAME] [--name NAME]
-        [--width R]
+        [--width R [--within BLOCK]] [--mixed K]
 
-A student that has come as near to one teacher as it can still gains from the mean of several. Starts from
-benchmarks/results/START.safetensors; with --width, torch-pruning first cuts that fraction of the channels inside the
-blocks that stay. Resumable: the same command goes on where a killed one was. The weights are those of the last epoch;
-test images choose nothing.
+A student that has come as near to one teacher as it can still gains from the mean of several, and from images that
+none of them has learnt by heart: those that CutMix makes. Starts from benchmarks/results/START.safetensors; with
+--width, torch-pruning first cuts that fraction of the channels inside the blocks that stay. Resumable: the same command
+goes on where a killed one was. The weights are those of the last epoch; test images choose nothing.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from benchmarks._env import RESULTS, write_result
 from benchmarks.resnet56_cifar10 import BATCH, PAD
 from modprune import CachedTeacher, PruningPlan, compare, find_blocks, finetune, load, load_weights, models, save
 from modprune._memory import keep_freed_memory
 from modprune.checkpoints import states
-from modprune.data import ImageLoader, cifar10
+from modprune.data import ImageData, ImageLoader, cifar10
 from modprune.finetune import Recipe
 from modprune.width import choose_cuts
 
 LOOKS = 2
+PATCHES = 10  # images that share the box of one CutMix
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
@@ -52,6 +54,8 @@ def main(
     start: str,
     name: str,
     width: float,
+    within: str | None,
+    mixed: int,
     epochs: int,
     lr: float,
     seed: int,
@@ -60,11 +64,13 @@ def main(
     keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_weights(models.resnet56(), weights).to(device)
-    pruned = narrowed(load(RESULTS / f"{start}.safetensors"), width)
+    pruned = narrowed(load(RESULTS / f"{start}.safetensors"), width, within)
     pruned.to(device, memory_format=torch.channels_last)
-    train, test = cifar10(data_dir, train=True), cifar10(data_dir, train=False)
+    train, test = with_mixed(cifar10(data_dir, train=True), mixed, seed), cifar10(data_dir, train=False)
     taught_by = Ensemble([teacher(path) for path in (weights, *teachers)]).to(device, memory_format=torch.channels_last)
-    recipe, checkpoints = Recipe(epochs=epochs, lr=lr), Path("runs") / name / "checkpoints"
+    # Of a mixed image the teachers say more than its two labels do.
+    recipe = Recipe(epochs=epochs, lr=lr, distill=1.0 if mixed else Recipe.distill)
+    checkpoints = Path("runs") / name / "checkpoints"
     history = finetune(
         pruned,
         ImageLoader(train, BATCH, pad=PAD, shuffle=True, seed=seed, device=device),
@@ -80,10 +86,12 @@ def main(
     names = [path.name for path in (weights, *teachers)]
     result = {
         "command": "python -m benchmarks.resnet56_again --data-dir DIR --weights FILE"
-        f" --teachers {' '.join(names[1:])} --start {start} --name {name} --width {width} --epochs {epochs} --lr {lr}"
-        f" --seed {seed}",
+        f" --teachers {' '.join(names[1:])} --start {start} --name {name} --width {width}"
+        f"{f' --within {within}' if within else ''} --mixed {mixed} --epochs {epochs} --lr {lr} --seed {seed}",
         "start": start,
         "width": width,
+        "within": within,
+        "mixed": mixed,
         "report": json.loads(report.to_json()),
         "recipe": {**asdict(recipe), "batch_size": BATCH, "pad": PAD, "teacher": f"mean of {names}, {LOOKS} looks"},
         "seed": seed,
@@ -95,11 +103,26 @@ def main(
     print(write_result(name, {**before, **result, "before": before}))
 
 
-def narrowed(network: nn.Module, width: float) -> nn.Module:
-    """`network`, in place, without that fraction of the channels inside its blocks."""
+def with_mixed(data: ImageData, times: int, seed: int) -> ImageData:
+    """`data`, and after it `times` images for each of its own, made by CutMix of two; labels are of the larger part."""
+    cutmix = v2.CutMix(num_classes=data.num_classes)
+    images, labels = [data.images], [data.labels]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part in torch.cat([torch.randperm(len(data)) for _ in range(times)] or [torch.arange(0)]).split(PATCHES):
+            both, shares = cutmix(data.images[part], data.labels[part])
+            images.append(both)
+            labels.append(shares.argmax(1))
+    return replace(data, images=torch.cat(images), labels=torch.cat(labels))
+
+
+def narrowed(network: nn.Module, width: float, within: str | None) -> nn.Module:
+    """`network`, in place, without that fraction of the channels inside its blocks, or inside one of them."""
     if not width:
         return network
-    cuts = choose_cuts(network, find_blocks(network, EXAMPLE), EXAMPLE, width)
+    blocks = find_blocks(network, EXAMPLE)
+    others = [block.name for block in blocks if within and block.name != within]
+    cuts = choose_cuts(network, blocks, EXAMPLE, width, others)
     return PruningPlan((), width=cuts).apply(network, EXAMPLE)
 
 
@@ -118,6 +141,8 @@ if __name__ == "__main__":
     parser.add_argument("--start", default="resnet56-cifar10-first", help="result whose network learns once more")
     parser.add_argument("--name", default="resnet56-cifar10", help="result to write, and folder in runs/ to work in")
     parser.add_argument("--width", type=float, default=0.0, help="fraction of the channels inside blocks to cut first")
+    parser.add_argument("--within", help="the only block to cut channels in")
+    parser.add_argument("--mixed", type=int, default=0, help="images made by CutMix, for each of the training set")
     parser.add_argument("--epochs", type=int, default=28, help="of fine-tuning")
     parser.add_argument("--lr", type=float, default=0.04, help="peak learning rate")
     # Another seed than that of the run before: its augmentations would come again.

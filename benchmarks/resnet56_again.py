@@ -27,7 +27,7 @@ from modprune import CachedTeacher, PruningPlan, compare, find_blocks, finetune,
 from modprune._memory import keep_freed_memory
 from modprune.checkpoints import states
 from modprune.data import ImageData, ImageLoader, cifar10
-from modprune.finetune import Recipe
+from modprune.recipe import Recipe
 from modprune.width import choose_cuts
 
 LOOKS = 2

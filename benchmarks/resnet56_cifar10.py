@@ -25,9 +25,9 @@ from modprune import PruningPlan, Report, compare, load_weights, save
 from modprune._memory import keep_freed_memory
 from modprune.checkpoints import states
 from modprune.data import ImageData, ImageLoader, cifar10
-from modprune.finetune import Recipe, warmup_cosine
 from modprune.job import prune_job
 from modprune.models import resnet56
+from modprune.recipe import Recipe, warmup_cosine
 from modprune.tracking import read_metrics
 
 FLOPS, PARAMS, SEED, BATCH, PAD = 0.60, 0.425, 0, 128, 4

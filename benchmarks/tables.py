@@ -16,7 +16,7 @@ from benchmarks.curve_memory import FEATURES
 from benchmarks.published import LAYERS, LU
 from benchmarks.resnet56_cifar10 import epochs_on_another_schedule
 from modprune._files import write_text
-from modprune.finetune import Recipe
+from modprune.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scale.md")

@@ -166,8 +166,8 @@ def prune(
     and report.md to --out. Started by torchrun or accelerate launch, the processes share the work.
     """
     from modprune._processes import place
-    from modprune.finetune import Recipe
     from modprune.job import prune_job
+    from modprune.recipe import Recipe
     from modprune.specs import load_data
 
     _need_budget(flops, params, count, latency)

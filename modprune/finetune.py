@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +20,14 @@ from tqdm import tqdm
 
 from modprune._autograd import first_line
 from modprune._inputs import call, device_of, split_batch, to_device
+from modprune._means import Diverged, Means, share_right
 from modprune._processes import everyones, place
 from modprune._random import from_batch, own_state, random_state, set_own_state
 from modprune.checkpoints import check_empty, load_newest, save_state, states
 from modprune.data import set_epoch
 from modprune.distill import CachedTeacher, Teacher, distillation_loss, logits_of, teaching
 from modprune.evaluate import evaluate
+from modprune.recipe import Recipe, warmup_cosine
 from modprune.signals import Notice, put_off
 
 
@@ -44,42 +45,6 @@ class Epoch:
     images_per_second: float
     top1: float | None = None
     train_top1: float | None = None
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Constants of a training run.
-
-    Attributes:
-        epochs: passes over the data.
-        lr: peak rate; rises linearly over `warmup` epochs, then falls to zero along a cosine.
-        momentum, weight_decay: of SGD; the momentum is Nesterov's.
-        warmup: in epochs.
-        distill: weight of the teacher's term in the loss, from 0 to 1.
-        temperature: T of the teacher's term.
-    """
-
-    epochs: int = 40
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup: float = 1.0
-    distill: float = 0.9
-    temperature: float = 4.0
-
-    def __post_init__(self) -> None:
-        at_least_zero = {"lr": self.lr, "weight_decay": self.weight_decay, "warmup": self.warmup}
-        for name, value in at_least_zero.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value}: a finite number, at least 0, is needed")
-        if self.epochs < 1:
-            raise ValueError(f"epochs={self.epochs}: at least 1 is needed")
-        if not 0 <= self.distill <= 1:
-            raise ValueError(f"distill={self.distill}: a weight from 0 to 1 is needed")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum}: a number from 0 up to, not including, 1 is needed")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature}: a number above 0 is needed")
 
 
 def finetune(
@@ -160,10 +125,6 @@ def finetune(
     return run.history
 
 
-class Diverged(RuntimeError):
-    """The loss is no finite number."""
-
-
 class _Run:
     """One training run: everything that a checkpoint has to bring back."""
 
@@ -178,15 +139,7 @@ class _Run:
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient: nothing can be trained")
-        # Somebody else's Accelerator in this process has settled the precision; ours has to follow it.
-        precision = None if is_initialized() else ("bf16" if autocast_dtype(self.device) else "no")
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=self.device.type == "cpu", device_placement=False)
-        if self.accelerator.num_processes != place()[1]:
-            seen = self.accelerator.num_processes
-            raise RuntimeError(
-                f"torch.distributed has {place()[1]} processes and accelerate sees {seen}: start with torchrun or "
-                "accelerate launch, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT before"
-            )
+        self.accelerator = _accelerator(self.device)
         self.loader = self.accelerator.prepare(loader) if isinstance(loader, DataLoader) else loader
         self.steps = _steps(self.loader)
         self.optimizer: Any = torch.optim.SGD(
@@ -197,14 +150,7 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: 0.5**self.halved * warmup_cosine(step, warm, total)
         )
-        parts = {model, getattr(model, "_orig_mod", model)}  # of a model that torch.compile has wrapped
-        found = {part: dict(vars(part)) for part in parts}
-        self.net, self.optimizer = self.accelerator.prepare(model, self.optimizer)
-        # A step casts by itself: whatever is measured between the steps is measured in the model's own precision.
-        for part, own in found.items():
-            for name in {"forward", "_original_forward"} & vars(part).keys():
-                del part.__dict__[name]
-                part.__dict__.update({name: own[name]} if name in own else {})
+        self.net, self.optimizer = _prepared(self.accelerator, model, self.optimizer)
         self.optimizer.zero_grad()  # of what somebody's own loop has left
         self.accelerator.register_for_checkpointing(self.schedule, self)
 
@@ -256,7 +202,7 @@ class _Run:
         title = f"epoch {epoch + 1}/{self.recipe.epochs}"
         quiet = not (progress and self.accelerator.is_main_process)
         bar = tqdm(self.loader, title, self.steps, leave=False, disable=quiet)
-        means, seen, started = _Means(title, self.accelerator), 0, time.perf_counter()
+        means, seen, started = Means(title, self.accelerator), 0, time.perf_counter()
         first, start, batches = 0, random_state(self.loader), iter(bar)
         if self.begun:
             first, start = self.begun["step"], self.begun["start"][place()[0]]
@@ -300,7 +246,7 @@ class _Run:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        return loss.detach(), _share_right(logits.detach(), labels), len(logits)
+        return loss.detach(), share_right(logits.detach(), labels), len(logits)
 
     def state_dict(self) -> dict[str, Any]:
         said = self.cached.state_dict() if self.cached else None
@@ -318,6 +264,34 @@ class _Run:
             self.cached.load_state_dict(own["teacher"])
 
 
+def _accelerator(device: torch.device) -> Accelerator:
+    """In the precision that pays on the device, unless somebody's Accelerator in this process has settled it before."""
+    precision = None if is_initialized() else ("bf16" if autocast_dtype(device) else "no")
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=False)
+    if accelerator.num_processes != place()[1]:
+        raise RuntimeError(
+            f"torch.distributed has {place()[1]} processes and accelerate sees {accelerator.num_processes}: start with "
+            "torchrun or accelerate launch, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT before"
+        )
+    return accelerator
+
+
+def _prepared(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+    """The network and the optimizer that a step goes through, as accelerate has them.
+
+    The model itself keeps its own `forward`, without the casts that accelerate puts around it: a step casts by itself,
+    and what is measured between the steps is measured in the model's own precision.
+    """
+    parts = {model, getattr(model, "_orig_mod", model)}  # of a model that torch.compile has wrapped
+    found = {part: dict(vars(part)) for part in parts}
+    net, optimizer = accelerator.prepare(model, optimizer)
+    for part, own in found.items():
+        for name in {"forward", "_original_forward"} & vars(part).keys():
+            del part.__dict__[name]
+            part.__dict__.update({name: own[name]} if name in own else {})
+    return net, optimizer
+
+
 def _steps(loader: Iterable[Any]) -> int:
     try:
         steps = len(loader)  # type: ignore[arg-type]
@@ -327,70 +301,6 @@ def _steps(loader: Iterable[Any]) -> int:
     if steps == 0:
         raise ValueError("train_loader gives no batch: the batch size is larger than the data")
     return steps
-
-
-class _Means:
-    """Loss and share of right answers, step by step, each the mean over the processes.
-
-    Read in one go now and then: each read stalls a device.
-    """
-
-    every = 25
-
-    def __init__(self, title: str, accelerator: Accelerator) -> None:
-        self.title, self.accelerator = title, accelerator
-        self.pending: list[Tensor] = []
-        self.losses: list[float] = []
-        self.right: list[float] = []
-
-    def add(self, loss: Tensor, right: Tensor) -> None:
-        self.pending.append(torch.stack([loss, right]))
-
-    @property
-    def due(self) -> bool:
-        return len(self.pending) == self.every
-
-    def loss(self) -> float:
-        self._read()
-        if not self.losses:
-            raise ValueError(f"{self.title}: train_loader gives no batch any more: it has to give them every epoch")
-        return math.fsum(self.losses) / len(self.losses)
-
-    def top1(self) -> float | None:
-        """In percent; None without labels."""
-        self._read()
-        mean = 100 * math.fsum(self.right) / len(self.right)
-        return mean if math.isfinite(mean) else None
-
-    def state_dict(self) -> dict[str, Any]:
-        self._read()
-        return {"losses": self.losses, "right": self.right}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses, self.right = state["losses"], state["right"]
-
-    def _read(self) -> None:
-        new = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
-        for step, (loss, right) in enumerate(new, len(self.losses) + 1):
-            if not math.isfinite(loss):
-                raise Diverged(f"{self.title}, step {step}: the loss is {loss}; try a lower lr")
-            self.losses.append(loss)
-            self.right.append(right)
-        self.pending.clear()
-
-
-def _share_right(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """The share of (B,) labels that logits (B, classes) get right; NaN without such labels."""
-    if labels is None or labels.shape != logits.shape[:1] or logits.ndim != 2:
-        return torch.full((), math.nan, device=logits.device)
-    return (logits.argmax(1) == labels).float().mean()
-
-
-def warmup_cosine(step: int, warmup: float, total: int) -> float:
-    """Factor of the peak rate at a step: linear up to 1 at `warmup`, then a cosine down to 0 at `total`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -22,10 +22,11 @@ from modprune.checkpoints import check_empty
 from modprune.criteria import Criterion
 from modprune.data import ImageData, ImageLoader
 from modprune.distill import CachedTeacher
-from modprune.finetune import Recipe, finetune
+from modprune.finetune import finetune
 from modprune.picture import save_picture
 from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
+from modprune.recipe import Recipe
 from modprune.report import Report, compare
 from modprune.store import save
 from modprune.tracking import check_names, trackers

@@ -15,9 +15,9 @@ from accelerate import PartialState
 
 import modprune
 from modprune.data import ImageLoader, cifar10, cifar100
-from modprune.finetune import Recipe
 from modprune.job import prune_job
 from modprune.models import MODELS
+from modprune.recipe import Recipe
 
 DATA = {"cifar10": cifar10, "cifar100": cifar100}
 BATCH, PAD = 128, 4  # of He et al. (2016), section 4.2

@@ -11,9 +11,9 @@ import torch
 
 import modprune
 from modprune.data import ImageLoader, digits
-from modprune.finetune import Recipe
 from modprune.job import prune_job
 from modprune.models import resnet32
+from modprune.recipe import Recipe
 
 TRAIN_EPOCHS = 24
 RECOVERY = Recipe(epochs=16, lr=0.05)

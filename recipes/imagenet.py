@@ -26,7 +26,8 @@ from tqdm import tqdm
 import modprune
 from modprune.checkpoints import check_empty, load_newest, save_state
 from modprune.criteria import Modularity
-from modprune.finetune import autocast_dtype, warmup_cosine
+from modprune.finetune import autocast_dtype
+from modprune.recipe import warmup_cosine
 from modprune.signals import put_off
 from modprune.specs import build_model
 

@@ -12,9 +12,9 @@ PACKAGE = Path(modprune.__file__).parent
 ORDER = [
     "_files", "_environment", "_memory", "_random", "_processes", "signals", "_inputs", "_autograd", "_depgraph",
     "_trace", "models", "data", "bypass", "cost", "graph", "blocks", "features", "evaluate", "picture", "curve",
-    "criteria", "budget", "plan", "width", "surgery", "checkpoints", "carry", "distill", "finetune", "tracking",
-    "store", "report", "pruner", "gradual", "callbacks", "job", "specs", "studies", "_options", "_studies_cli",
-    "cli",
+    "criteria", "budget", "plan", "width", "surgery", "checkpoints", "carry", "distill", "recipe", "_means",
+    "finetune", "tracking", "store", "report", "pruner", "gradual", "callbacks", "job", "specs", "studies", "_options",
+    "_studies_cli", "cli",
 ]  # fmt: skip
 
 

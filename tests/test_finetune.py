@@ -22,8 +22,9 @@ from modprune.checkpoints import states
 from modprune.data import ImageLoader, digits
 from modprune.distill import CachedTeacher
 from modprune.evaluate import evaluate
-from modprune.finetune import Recipe, finetune, warmup_cosine
+from modprune.finetune import finetune
 from modprune.models import CifarResNet
+from modprune.recipe import Recipe, warmup_cosine
 
 module = importlib.import_module("modprune.finetune")  # the package shows the function under that name
 DATA = digits(True).subset(torch.arange(256))
@@ -337,7 +338,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(history, file)
-    module._Means.every = 1  # steps between the looks at what the others are told
+    module.Means.every = 1  # steps between the looks at what the others are told
     for shuffled in (False, True):
         broken, alone = (Path(folder) / f"{name}-{shuffled}" for name in ("broken", "alone"))
         with pytest.raises(SystemExit, match="143"):

@@ -279,16 +279,16 @@ def _accelerator(device: torch.device) -> Accelerator:
 def _prepared(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
     """The network and the optimizer that a step goes through, as accelerate has them.
 
-    The model itself keeps its own `forward`, without the casts that accelerate puts around it: a step casts by itself,
-    and what is measured between the steps is measured in the model's own precision.
+    The model itself stays as it was. Without the casts that accelerate puts around `forward`, what is measured between
+    the steps is measured in the model's own precision (a step casts by itself); without accelerate's mark, somebody's
+    own Accelerator does not take it for prepared later.
     """
     parts = {model, getattr(model, "_orig_mod", model)}  # of a model that torch.compile has wrapped
     found = {part: dict(vars(part)) for part in parts}
     net, optimizer = accelerator.prepare(model, optimizer)
     for part, own in found.items():
-        for name in {"forward", "_original_forward"} & vars(part).keys():
-            del part.__dict__[name]
-            part.__dict__.update({name: own[name]} if name in own else {})
+        vars(part).clear()
+        vars(part).update(own)
     return net, optimizer
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import is_initialized
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -85,11 +86,17 @@ def test_a_model_wrapped_by_torch_compile_is_trained_and_left_as_found(monkeypat
     monkeypatch.setattr(module, "autocast_dtype", lambda device: torch.bfloat16)
     model = network()
     wrapped = torch.compile(model, backend="eager")
-    forward = vars(wrapped)["forward"]
+    before = dict(vars(wrapped)), dict(vars(model))
     (epoch,) = finetune(wrapped, loader(), loader(), epochs=1, lr=0.05, progress=False)
-    assert vars(wrapped)["forward"] is forward
-    assert not {"forward", "_original_forward"} & vars(model).keys()
+    assert (vars(wrapped), vars(model)) == before
     assert epoch.top1 == evaluate(model, loader()).top1
+
+
+def test_ones_own_accelerator_prepares_the_model_afterwards():
+    model = network()
+    finetune(model, loader(), epochs=1, lr=0.05, progress=False)
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    assert "_original_forward" in vars(prepared)
 
 
 def test_the_rate_rises_then_falls_to_zero():

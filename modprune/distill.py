@@ -61,6 +61,11 @@ class CachedTeacher:
         if len(batch) != 3:
             raise ValueError("a CachedTeacher needs batches (images, labels, index), as ImageLoader gives them")
         images, _, index = batch
+        if len(index) and index.max() >= len(self._seen):
+            raise ValueError(
+                f"a CachedTeacher for {len(self._seen)} images and a batch with number {index.max()}: give the number "
+                "of training images"
+            )
         new = self._seen[index] < self.looks
         if new.any():
             with torch.no_grad(), evaluating(self.model):

@@ -182,6 +182,8 @@ def test_what_nothing_can_be_learnt_from_is_named():
     pairs = [(images, labels) for images, labels, _ in loader()]
     with pytest.raises(ValueError, match=r"needs batches \(images, labels, index\)"):
         finetune(network(), pairs, teacher=CachedTeacher(model, len(DATA)), epochs=1, progress=False)
+    with pytest.raises(ValueError, match="a CachedTeacher for 10 images and a batch with number"):
+        finetune(network(), loader(), teacher=CachedTeacher(model, 10), epochs=1, progress=False)
 
 
 @pytest.mark.parametrize("validated", [False, True])

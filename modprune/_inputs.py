@@ -172,16 +172,22 @@ def _is_list_of_tensors(value: Any) -> bool:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode inside the block; every module's own mode and torch's RNG are put back after it."""
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module's own mode, training or not, is put back after the block."""
     modes = {module: module.training for module in model.modules()}
-    device = device_of(model)
-    if any(modes.values()):
-        model.eval()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield model
+        yield
     finally:
         for module, mode in modes.items():
             if module.training != mode:
                 module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode inside the block; every module's own mode and torch's RNG are put back after it."""
+    device = device_of(model)
+    with modes_kept(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if any(module.training for module in model.modules()):
+            model.eval()
+        yield model

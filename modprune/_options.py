@@ -107,7 +107,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # "meta", say, is a device and holds nothing
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"--device {name}: {str(error).splitlines()[0]}") from None
     return name

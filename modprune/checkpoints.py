@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
 
 from modprune._autograd import first_line
 
@@ -62,9 +67,35 @@ def states(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{PREFIX}[0-9]*"))
 
 
+def difference(state: Path, tensors: Mapping[str, Tensor]) -> str:
+    """The first tensor of a state that `tensors` has not in that shape, in words; empty if they fit.
+
+    Raises:
+        ValueError: if the state cannot be read.
+    """
+    try:
+        with safe_open(state / "model.safetensors", framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises a class of its own
+        raise ValueError(f"{state}: cannot be read ({first_line(error)}): start in a new folder") from None
+    for name, shape in shapes.items():
+        mine = tuple(tensors[name].shape) if name in tensors else "missing"
+        if mine != shape:
+            return f"{name} is of shape {shape} there and {mine} here"
+    return ""
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder`; raises OSError, in one line, if it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written ({error.strerror}); give a folder that can") from None
+
+
 def check_empty(folder: Path) -> None:
-    """Raises ValueError if `folder` holds states (a later resume could not tell two runs apart) or is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: a file; give a folder for the states of the run")
+    """Raises ValueError if `folder` holds states: a later resume could not tell two runs apart."""
     if states(folder):
         raise ValueError(f"{folder}: holds an unfinished run: resume it, or give another folder")

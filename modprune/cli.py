@@ -29,9 +29,13 @@ from modprune._options import (
     Seed,
     Weights,
     Width,
+    check_model,
     load_network,
     pick_device,
 )
+
+# Of click, which some versions of typer carry inside them.
+_UsageError: Any = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -192,15 +196,20 @@ def prune(
 def evaluate(
     model: Annotated[Path, typer.Option(help="A model that modprune saved (.safetensors).")],
     data: Data = "cifar10", data_dir: DataDir = Path("data"),
-    network: Annotated[str | None, typer.Option(help="The unpruned network, if it is no built-in one.")] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(help="The unpruned network, as --model elsewhere; not needed for resnet20 to resnet110.",
+                     callback=lambda value: value and check_model(value)),
+    ] = None,
     device: Device = "auto", json_: Json = None,
 ) -> None:  # fmt: skip
     """Top-1, Top-5 and loss of a saved model on the test images."""
     import modprune
     from modprune.data import ImageLoader
-    from modprune.specs import build_model, load_data
+    from modprune.specs import load_data
 
-    pruned = modprune.load(model, build_model(network) if network else None).to(pick_device(device))
+    unpruned = load_network(network, None, device, data) if network else None
+    pruned = modprune.load(model, unpruned).to(pick_device(device))
     test = ImageLoader(load_data(data, data_dir, train=False), 100, device=pick_device(device))
     result = modprune.evaluate(pruned, test)
     print(f"Top-1 {result.top1:.2f} %  Top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.samples} images")
@@ -214,7 +223,14 @@ def main() -> None:
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        app()
+        sys.exit(app(prog_name="modprune", standalone_mode=False))
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            path = f"{error.ctx.command_path} --help" if error.ctx else "--help"
+            print(f"modprune: {' '.join(error.format_message().split()).rstrip('.')}; see {path}", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
         print(f"modprune: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)

@@ -288,6 +288,8 @@ def resolve(criterion: str | Criterion) -> Criterion:
     >>> resolve("random")
     Random(seed=0)
     """
+    if isinstance(criterion, type):
+        raise ValueError(f"criterion {criterion.__name__} is a class: give an instance, {criterion.__name__}()")
     if callable(criterion):
         return criterion
     if criterion not in CRITERIA:

@@ -28,6 +28,9 @@ class ImageData:
         labels: (N,) int64, from 0 to `num_classes - 1`.
         num_classes: number of classes.
         mean, std: per channel, of images scaled to [0, 1]; what the networks at hand were trained with.
+
+    Raises:
+        ValueError: for other shapes or types, and labels out of range.
     """
 
     images: Tensor
@@ -35,6 +38,20 @@ class ImageData:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        images, labels, channels = self.images, self.labels, len(self.mean)
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(f"images: a uint8 tensor (N, C, H, W) is needed, given {_described(images)}")
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(f"labels: {len(images)} int64, one for each image, are needed, given {_described(labels)}")
+        if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
+            raise ValueError(
+                f"labels from {labels.min()} to {labels.max()} with {self.num_classes} classes: "
+                f"they lie in 0..{self.num_classes - 1}"
+            )
+        if not channels == len(self.std) == images.shape[1]:
+            raise ValueError(f"images of {images.shape[1]} channels need as many means and deviations, not {channels}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,6 +64,12 @@ class ImageData:
     def subset(self, index: Tensor) -> ImageData:
         """The images at `index` ((M,) int64), in that order."""
         return replace(self, images=self.images[index], labels=self.labels[index])
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def cifar10(root: str | Path, train: bool) -> ImageData:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._inputs import call, device_of, evaluating, first_tensor, split_batch
+from modprune._inputs import call, device_of, evaluating, first_tensor, modes_kept, split_batch
 
 Teacher = Callable[[Any], Tensor]
 """From a batch to logits (B, classes)."""
@@ -31,6 +31,11 @@ def distillation_loss(logits: Tensor, labels: Tensor | None, soft: Tensor | None
     """
     if soft is None or weight == 0:
         return _cross_entropy(logits, labels)
+    if soft.shape != logits.shape:
+        raise ValueError(
+            f"the teacher gives logits of shape {tuple(soft.shape)} and the model {tuple(logits.shape)}: "
+            "both have to know the same classes"
+        )
     target, log_student = F.log_softmax(soft.float() / t, 1), F.log_softmax(logits / t, 1)
     kl = F.kl_div(log_student, target, reduction="batchmean", log_target=True) * t * t
     return kl if weight == 1 else weight * kl + (1 - weight) * _cross_entropy(logits, labels)
@@ -58,7 +63,7 @@ class CachedTeacher:
 
     def __call__(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """The mean logits (B, classes), float32, for a batch `(images, labels, index)` of an `ImageLoader`."""
-        if len(batch) != 3:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 3:
             raise ValueError("a CachedTeacher needs batches (images, labels, index), as ImageLoader gives them")
         images, _, index = batch
         if len(index) and index.max() >= len(self._seen):
@@ -98,7 +103,14 @@ def logits_of(output: Any) -> Tensor:
 
 def _cross_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
     if labels is None:
-        raise ValueError("the batches hold no labels: give (inputs, labels) or dicts with 'labels', or distill=1")
+        raise ValueError(
+            "the batches hold no labels: give (inputs, labels) or dicts with 'labels', or a teacher and distill=1"
+        )
+    if logits.ndim == 2 and labels.shape != (logits.shape if labels.is_floating_point() else logits.shape[:1]):
+        raise ValueError(
+            f"labels are (B,) integers or (B, classes) probabilities; given {labels.dtype} of shape "
+            f"{tuple(labels.shape)} for logits of shape {tuple(logits.shape)}: check the loader"
+        )
     labels = labels if labels.is_floating_point() else labels.long()
     try:
         return F.cross_entropy(logits, labels)
@@ -113,6 +125,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
 def teaching(teacher: nn.Module | Teacher | None) -> Iterator[Teacher | None]:
     """The teacher as a callable from a batch to logits; a module is in eval mode meanwhile."""
     if not isinstance(teacher, nn.Module):
+        if not (teacher is None or callable(teacher)):
+            raise ValueError(f"teacher={teacher!r}: a module, or a callable from a batch to logits, is needed")
         yield teacher
         return
 
@@ -120,5 +134,6 @@ def teaching(teacher: nn.Module | Teacher | None) -> Iterator[Teacher | None]:
     def teach(batch: Any) -> Tensor:
         return logits_of(call(teacher, split_batch(batch)[0]))
 
-    with evaluating(teacher):
+    with modes_kept(teacher):  # the random numbers of the training between its answers are not its own
+        teacher.eval()
         yield teach

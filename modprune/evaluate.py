@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._inputs import call, device_of, evaluating, first_tensor, split_batch, to_device
+from modprune._inputs import ONCE, call, device_of, evaluating, first_tensor, split_batch, to_device
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
             totals += torch.stack([loss, ranks[:, 0].sum(), ranks.sum()]).cpu()
             samples += len(labels)
     if samples == 0:
-        raise ValueError("the loader gave no batch to evaluate on")
+        raise ValueError(f"the loader gave no batch to evaluate on{ONCE}")
     loss, top1, top5 = totals.tolist()
     return Evaluation(loss / samples, 100 * top1 / samples, 100 * top5 / samples, int(top1), samples)
 

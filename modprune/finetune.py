@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
+from accelerate.state import AcceleratorState, GradientState, is_initialized
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from modprune._autograd import first_line
-from modprune._inputs import call, device_of, split_batch, to_device
+from modprune._inputs import call, device_of, modes_kept, split_batch, to_device
 from modprune._means import Diverged, Means, share_right
 from modprune._processes import everyones, place
 from modprune._random import from_batch, own_state, random_state, set_own_state
-from modprune.checkpoints import check_empty, load_newest, save_state, states
+from modprune.checkpoints import check_empty, check_writable, difference, load_newest, save_state, states
 from modprune.data import set_epoch
 from modprune.distill import CachedTeacher, Teacher, distillation_loss, logits_of, teaching
 from modprune.evaluate import evaluate
@@ -69,7 +70,8 @@ def finetune(
             afterwards. Compile it beforehand with `model.compile()` if wanted.
         train_loader: sized; `(inputs, labels, ...)` batches or dicts with `labels`. A torch DataLoader is spread over
             the processes; anything else gives each process its share itself, as `ImageLoader` does.
-        val_loader: Top-1 is measured on it after every epoch, for people to watch; nothing is chosen by it.
+        val_loader: Top-1 is measured on it after every epoch, for people to watch; nothing is chosen by it. Read
+            once an epoch.
         teacher: a module that takes the same inputs, or a callable from a batch to logits such as `CachedTeacher`.
         checkpoints: a folder for the state after each epoch; only the newest is kept. SIGTERM is then obeyed only
             after the step that it comes in (in several processes within 25), whose state is written too.
@@ -84,33 +86,41 @@ def finetune(
 
     Raises:
         ValueError: for arguments out of range, a model that is its own teacher or has nothing to train, or a folder
-            with states of an unfinished run without `resume`, or of one with another recipe or more epochs.
+            with states of an unfinished run without `resume`, or of one with another recipe, network or more epochs.
+        OSError: if `checkpoints` cannot be written.
         RuntimeError: if the loss stops being finite (more than `halvings` times); names epoch and step. The newest
             state stays, and the model keeps what broke it. Also where accelerate has not seen the processes of
             torch.distributed, each of which would train alone.
     """
     constants = Recipe(**recipe)  # type: ignore[arg-type]
-    if teacher is model:
+    if (teacher.model if isinstance(teacher, CachedTeacher) else teacher) is model:
         raise ValueError("the teacher is the model itself, from which nothing is learnt: copy.deepcopy it beforehand")
     if (resume or halvings) and checkpoints is None:
         name = "resume=True" if resume else f"halvings={halvings}"
         raise ValueError(f"{name} needs checkpoints=FOLDER: the folder that states are written to")
+    if halvings < 0:
+        raise ValueError(f"halvings={halvings}: at least 0 is needed")
+    if isinstance(val_loader, Iterator):
+        raise ValueError("val_loader can be read only once, not after every epoch: give a list or a DataLoader")
     folder = None if checkpoints is None else Path(checkpoints)
-    if folder is not None and not resume:
-        check_empty(folder)
+    if folder is not None:
+        check_writable(folder)
+        if not resume:
+            check_empty(folder)
     ended = nullcontext(Notice(SIGTERM, SIG_IGN)) if folder is None else put_off(SIGTERM)
-    with ended as told, _precision_left_open(), _training(model), teaching(teacher) as teach:
+    with ended as told, _accelerate_left_as_found(), modes_kept(model), teaching(teacher) as teach:
         run = _Run(model, train_loader, teacher, constants, folder)
         if folder is not None and resume:
             run.check_resumable(folder)
             load_newest(run.accelerator, folder)
+            run.set_rate()
         if folder is not None and halvings and not states(folder):
             save_state(run.accelerator, folder, 0)  # for the first epoch to go back to
         while (epoch := len(run.history)) < constants.epochs:
             try:
                 loss, right, speed = run.epoch(epoch, teach, progress, told)
             except Diverged:
-                if folder is None or run.halved == halvings:
+                if folder is None or run.halved >= halvings:
                     raise
                 run.go_back(folder)
                 continue
@@ -166,6 +176,9 @@ class _Run:
             theirs, mine, done = state["constants"], self.constants, len(state["history"]) + bool(state["begun"])
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
             raise ValueError(f"{newest}: cannot be read ({first_line(error)}): start in a new folder") from None
+        of_others = difference(newest, self.model.state_dict())
+        if of_others:
+            raise ValueError(f"{newest}: the state of another network: {of_others}: start in a new folder")
         other = {n: value for n, value in theirs.items() if n != "epochs" and value != mine.get(n)}
         if other:
             has = {n: mine.get(n) for n in other}
@@ -177,14 +190,21 @@ class _Run:
         """To the newest state, with half the rate."""
         halved = self.halved + 1
         load_newest(self.accelerator, folder)
-        for group in self.optimizer.param_groups:
-            group["lr"] *= 0.5 ** (halved - self.halved)
         self.halved = halved
+        self.set_rate()
+
+    def set_rate(self) -> None:
+        """Of the next step, by the schedule of this run: a state brings that of its own number of epochs."""
+        schedule = self.schedule
+        rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, (lr, factor) in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr * factor(schedule.last_epoch)
 
     @property
     def constants(self) -> dict[str, Any]:
         """What a run that goes on must have in common with this one; the epochs may become more."""
-        return {**asdict(self.recipe), "steps": self.steps, "processes": self.accelerator.num_processes}
+        counts = {"steps": self.steps, "processes": self.accelerator.num_processes}
+        return {**asdict(self.recipe), "distill": self.distill, **counts}
 
     @property
     def rate(self) -> float:
@@ -267,7 +287,11 @@ class _Run:
 def _accelerator(device: torch.device) -> Accelerator:
     """In the precision that pays on the device, unless somebody's Accelerator in this process has settled it before."""
     precision = None if is_initialized() else ("bf16" if autocast_dtype(device) else "no")
-    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=False)
+    each_step = GradientAccumulationPlugin(num_steps=1)  # whatever somebody's environment says of accumulation
+    accelerator = Accelerator(
+        mixed_precision=precision, cpu=device.type == "cpu", device_placement=False,
+        gradient_accumulation_plugin=each_step,
+    )  # fmt: skip
     if accelerator.num_processes != place()[1]:
         raise RuntimeError(
             f"torch.distributed has {place()[1]} processes and accelerate sees {accelerator.num_processes}: start with "
@@ -299,7 +323,7 @@ def _steps(loader: Iterable[Any]) -> int:
         name = type(loader).__name__.removesuffix("Shard")  # as accelerate calls its own
         raise ValueError(f"train_loader of type {name} has no length, which the schedule needs") from None
     if steps == 0:
-        raise ValueError("train_loader gives no batch: the batch size is larger than the data")
+        raise ValueError("train_loader gives no batch: it is empty, or its batch size is larger than the data")
     return steps
 
 
@@ -314,22 +338,17 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 @contextmanager
-def _precision_left_open() -> Iterator[None]:
-    """Accelerate settles it once in a process: what we settle must not bind an Accelerator of somebody else's."""
-    settled = is_initialized()
+def _accelerate_left_as_found() -> Iterator[None]:
+    """Precision and accumulation are shared by all Accelerators of a process: ours is not to bind somebody else's.
+
+    Nor is somebody's accumulation to bind ours, in the middle of which no optimizer takes a step.
+    """
+    settled, accumulation = is_initialized(), dict(GradientState._shared_state)
+    GradientState._reset_state()
     try:
         yield
     finally:
+        GradientState._reset_state()
+        GradientState._shared_state.update(accumulation)
         if not settled:
             AcceleratorState._reset_state()
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Modes as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

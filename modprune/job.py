@@ -6,7 +6,7 @@ import copy
 import json
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from modprune._environment import commit, environment
 from modprune._files import write_text
 from modprune._inputs import device_of
 from modprune._processes import everyones, meet
-from modprune.checkpoints import check_empty
-from modprune.criteria import Criterion
+from modprune.checkpoints import check_empty, check_writable, states
+from modprune.criteria import Criterion, name_of, resolve
 from modprune.data import ImageData, ImageLoader
 from modprune.distill import CachedTeacher
 from modprune.finetune import finetune
@@ -28,7 +28,7 @@ from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
 from modprune.recipe import Recipe
 from modprune.report import Report, compare
-from modprune.store import save
+from modprune.store import load, save
 from modprune.tracking import check_names, trackers
 
 
@@ -67,18 +67,30 @@ def prune_job(
         batch_size, pad: of the training images, see `ImageLoader`.
         seed: of calibration images, order and augmentation.
         log_with: names of accelerate's trackers that get the epochs as well: "tensorboard", "wandb", ...
-        resume: go on from the newest checkpoint in `out`, to the result of an uninterrupted run.
+        resume: go on from the newest checkpoint in `out`, to the result of an uninterrupted run. Of a finished one,
+            the report is made again and nothing else is done.
 
     Raises:
-        ValueError: for a budget that cannot be met, or a folder with an unfinished run without `resume`.
+        ValueError: for a budget that cannot be met, a folder with an unfinished run without `resume`, or with a run of
+            other arguments (but for the number of epochs).
         OSError: if `out` cannot be written.
     """
     out, device = Path(out), device_of(model)
     first, checkpoints = meet(device), out / "checkpoints"
-    check_names(log_with)
-    if not resume:
-        check_empty(checkpoints)  # before the minutes of measuring, not after
     budgets = {"flops": flops, "params": params, "blocks": blocks, "latency": latency, "width": width}
+    rest = {"recipe": recipe and asdict(recipe), "batch_size": batch_size, "pad": pad, "seed": seed}
+    arguments = {"network": type(model).__name__, "criterion": name_of(resolve(criterion)), **budgets, **rest}
+    # Before the minutes of measuring, not after.
+    check_names(log_with)
+    check_writable(out)
+    if not 1 <= batch_size <= len(train):
+        raise ValueError(f"batch_size={batch_size}: from 1 to the {len(train)} training images is needed")
+    if resume:
+        _check_same(out, arguments)
+        if (out / "report.json").exists() and not states(checkpoints):
+            return _report_anew(model, test, out)
+    else:
+        check_empty(checkpoints)
     example = torch.zeros(1, *train.images.shape[1:], device=device)
     plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
     if plan is None:
@@ -87,8 +99,6 @@ def prune_job(
         plan = pruner.plan()
         if first:
             _write_plan(pruner, out)
-    rest = {"recipe": recipe and asdict(recipe), "batch_size": batch_size, "pad": pad, "seed": seed}
-    arguments = {"network": type(model).__name__, "criterion": plan.criterion, **budgets, **rest}
     if first:
         _describe(out, arguments, device)
     pruned = plan.apply(copy.deepcopy(model), example)
@@ -109,6 +119,29 @@ def prune_job(
         shutil.rmtree(checkpoints, ignore_errors=True)
     everyones(None)  # nobody goes on before the files are there
     return report
+
+
+def _check_same(out: Path, arguments: Mapping[str, Any]) -> None:
+    """ValueError if the run in `out` had other arguments: one plan, order and record would not fit the other."""
+    if not (out / "run.json").exists():
+        return
+    theirs = json.loads((out / "run.json").read_text())["arguments"]
+    mine = json.loads(json.dumps(arguments))
+    for recipe in (theirs["recipe"], mine["recipe"]):
+        (recipe or {}).pop("epochs", None)  # they may become more
+    other = [name for name in mine if mine[name] != theirs.get(name)]
+    if other:
+        had, has = ({name: values.get(name) for name in other} for values in (theirs, mine))
+        raise ValueError(f"{out}: the run there has {had}, this one {has}: resume it as it was, or give another folder")
+
+
+def _report_anew(model: nn.Module, test: ImageData, out: Path) -> Report:
+    """That of a finished run; nothing is written."""
+    device = device_of(model)
+    pruned = load(out / "model.safetensors", copy.deepcopy(model)).to(device)
+    return compare(
+        model, pruned, torch.zeros(1, *test.images.shape[1:], device=device), ImageLoader(test, 100, device=device)
+    )
 
 
 def _write_report(report: Report, plan: PruningPlan, out: Path) -> None:

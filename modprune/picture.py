@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modprune._files import write_bytes
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from matplotlib.axes import Axes
 
     from modprune.curve import ModularityCurve
@@ -46,7 +45,13 @@ def plot_curve(curve: ModularityCurve, ax: Axes | None = None, removed: Sequence
 
 
 def save_picture(ax: Axes, path: str | Path) -> None:
-    """Write the figure of `ax` as a PNG, in one step."""
+    """Write the figure of `ax` as a PNG, in one step.
+
+    Raises:
+        ValueError: for a name that is no PNG's; OSError: if it cannot be written.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{path}: the picture is a PNG: give a name that ends in .png")
     buffer = io.BytesIO()
     figure = ax.get_figure(root=True)
     assert figure is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Recipe:
         epochs: passes over the data.
         lr: peak rate; rises linearly over `warmup` epochs, then falls to zero along a cosine.
         momentum, weight_decay: of SGD; the momentum is Nesterov's.
-        warmup: in epochs.
+        warmup: in epochs; at most half of them.
         distill: weight of the teacher's term in the loss, from 0 to 1.
         temperature: T of the teacher's term.
     """
@@ -32,18 +33,19 @@ class Recipe:
         for name, value in at_least_zero.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value}: a finite number, at least 0, is needed")
-        if self.epochs < 1:
-            raise ValueError(f"epochs={self.epochs}: at least 1 is needed")
+        if not isinstance(self.epochs, Integral) or self.epochs < 1:
+            raise ValueError(f"epochs={self.epochs}: a whole number, at least 1, is needed")
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill={self.distill}: a weight from 0 to 1 is needed")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum}: a number from 0 up to, not including, 1 is needed")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature}: a number above 0 is needed")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature={self.temperature}: a finite number above 0 is needed")
 
 
 def warmup_cosine(step: int, warmup: float, total: int) -> float:
-    """Factor of the peak rate at a step: linear up to 1 at `warmup`, then a cosine down to 0 at `total`."""
+    """Factor of the peak rate at a step: linear up to 1 at `warmup`, at most half of `total`, then a cosine to 0."""
+    warmup = min(warmup, total / 2)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))

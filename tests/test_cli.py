@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from modprune import PruningPlan, count_params, load
 from modprune._options import CRITERION_NAMES
-from modprune.cli import app
+from modprune.cli import app, main
 from modprune.criteria import CRITERIA
 from modprune.models import resnet20
 
@@ -120,22 +120,37 @@ def test_criteria_are_those_of_the_library():
             1,
             "modprune: none.safetensors: no such file",
         ),
+        (["evaluate", "--model", "m", "--network", "foo"], 2, "'foo' is unknown: give one of resnet20"),
+        (["evaluate", "--model", "m", "--data", "digits", "--network", "vgg11_bn"], 1, "modprune: m: no such file"),
+        (["curve", "--model", "resnet20", "--weights", "w", "--device", "meta"], 2, "--device meta: "),
+        (["blocks"], 2, "Missing option '--model'; see modprune blocks --help"),
+        (["bloks"], 2, "No such command 'bloks'"),
     ],
 )
-def test_errors_are_one_line_with_the_right_code(arguments, code, message):
-    if code == 2:
-        done = in_process(*arguments)
-        assert done.exit_code == 2
-        assert message in " ".join(done.output.split())
-    else:
-        lines = run(*arguments, check=code).stderr.splitlines()
-        assert len(lines) == 1
-        assert message in lines[0]
+def test_errors_are_one_line_with_the_right_code(arguments, code, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["modprune", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("modprune: ")
+    assert message in line
+
+
+def test_without_a_command_it_shows_its_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["modprune"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "evaluate" in "".join(capsys.readouterr())
 
 
 def test_an_unknown_tracker_is_told_before_the_measuring(weights, tmp_path):
     done = in_process(*prune(weights, tmp_path / "out", "--log-with", "chalk"))
     assert "accelerate has no such tracker" in str(done.exception)
+    done = in_process(*prune(weights, tmp_path / "out", "--batch-size", 5000))
+    assert "batch_size=5000: from 1 to the 1437 training images" in str(done.exception)
     assert not (tmp_path / "out" / "plan.json").exists()
 
 
@@ -146,6 +161,8 @@ def test_a_missing_data_folder_and_an_unwritable_one(weights, tmp_path):
     done = in_process(*prune(weights, tmp_path / "file", "--epochs", 0, "--criterion", "l1_norm"))
     assert done.exit_code == 1
     assert "cannot be written" in str(done.exception)
+    shared[-1:] = [tmp_path, "--data", "digits", "--samples", 20, "--repeats", 1]
+    assert "ends in .png" in str(in_process("curve", *shared, "--picture", tmp_path / "q.jpg").exception)
 
 
 def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
@@ -180,6 +197,14 @@ def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
         rows = (folder / "metrics.csv").read_text().splitlines()
         assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3"]
     assert (cut / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+    written = {path: path.stat().st_mtime_ns for path in cut.iterdir()}
+    again = in_process(*prune(weights, cut, *options, "--resume"))  # a finished one is told once more
+    assert "Top-1" in again.output
+    assert {path: path.stat().st_mtime_ns for path in cut.iterdir()} == written
+    for other in (("--seed", 5), ("--criterion", "random"), ("--lr", 0.1)):
+        done = in_process(*prune(weights, cut, *options, "--resume", *other))
+        assert "resume it as it was" in str(done.exception)
 
     model = cut / "model.safetensors"
     text = in_process("evaluate", "--model", model, "--data", "digits", "--json", cut / "e.json").output

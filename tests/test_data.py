@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
@@ -63,6 +64,23 @@ def test_a_missing_or_altered_folder_is_one_line(tmp_path, cifar10_dir):
         (tmp_path / "cifar-10-batches-py" / file.name).write_bytes(file.read_bytes()[:-1])
     with pytest.raises(FileNotFoundError, match="checksum is wrong"):
         cifar10(tmp_path, train=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.rand(4, 3, 8, 8)}, "images: a uint8 tensor .* given torch.float32"),
+        ({"images": np.zeros((4, 3, 8, 8), np.uint8)}, "images: .* given ndarray"),
+        ({"labels": [0, 1, 2, 3]}, "labels: 4 int64, .* given list"),
+        ({"labels": torch.arange(5)}, r"labels: 4 int64, .* given torch.int64 of shape \(5,\)"),
+        ({"labels": torch.arange(4) - 1}, r"labels from -1 to 2 with 4 classes"),
+        ({"mean": (0.5,), "std": (0.5,)}, "images of 3 channels need as many means and deviations, not 1"),
+    ],
+)
+def test_what_is_no_data_set_is_named(change, message):
+    given = {"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "labels": torch.arange(4), "num_classes": 4}
+    with pytest.raises(ValueError, match=message):
+        ImageData(**{**given, "mean": (0.5,) * 3, "std": (0.5,) * 3, **change})
 
 
 def test_digits_are_split_once():

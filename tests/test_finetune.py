@@ -137,9 +137,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
         (32, {"epochs": 4}, r"of a run with \{'steps': 4\}, this one has \{'steps': 8\}"),
         (64, {"epochs": 3}, "has done or begun 4 already"),
     ):
-        other = network(2)
+        other, options = network(2), {"checkpoints": tmp_path, "resume": True, "progress": False}
         with pytest.raises(ValueError, match=message):
-            finetune(other, loader(size), checkpoints=tmp_path, resume=True, progress=False, **recipe)
+            finetune(other, loader(size), teacher=CachedTeacher(network(1), len(DATA)), **options, **recipe)
         assert same(other, network(2))
 
 
@@ -150,8 +150,18 @@ def test_a_damaged_state_is_named(tmp_path):
         file.write_bytes(file.read_bytes()[:100])
         with pytest.raises(ValueError, match=rf"{tmp_path}/epoch-0001: cannot be .*: start in a new folder"):
             finetune(network(), loader(), epochs=2, checkpoints=tmp_path, resume=True, progress=False)
-    with pytest.raises(ValueError, match=r"model.safetensors: a file; give a folder"):
-        finetune(network(), loader(), epochs=2, checkpoints=file.parent / "model.safetensors", progress=False)
+    for resume in (False, True):
+        with pytest.raises(OSError, match=r"model.safetensors: cannot be written .*; give a folder that can"):
+            finetune(network(), None, epochs=2, checkpoints=file.parent / "model.safetensors", resume=resume)
+
+
+def test_a_state_of_another_network_is_refused_before_it_is_loaded(tmp_path):
+    finetune(network(), loader(), epochs=1, checkpoints=tmp_path, progress=False)
+    other = CifarResNet((1, 1, 1), num_classes=11)
+    before = copy.deepcopy(other)
+    with pytest.raises(ValueError, match=r"linear.bias is of shape \(10,\) there and \(11,\) here"):
+        finetune(other, loader(), epochs=2, checkpoints=tmp_path, resume=True, progress=False)
+    assert same(other, before)
 
 
 def test_what_a_loop_before_has_left_does_not_count():
@@ -179,6 +189,14 @@ def test_what_nothing_can_be_learnt_from_is_named():
         finetune(network().requires_grad_(False), loader())
     with pytest.raises(ValueError, match=r"looks=0: at least 1"):
         CachedTeacher(model, 10, looks=0)
+    with pytest.raises(ValueError, match="the teacher is the model itself"):
+        finetune(model, loader(), teacher=CachedTeacher(model, len(DATA)))
+    with pytest.raises(ValueError, match="teacher='resnet56': a module, or a callable"):
+        finetune(model, loader(), teacher="resnet56")
+    with pytest.raises(ValueError, match=r"the teacher gives logits of shape \(64, 1\) and the model \(64, 10\)"):
+        finetune(network(), loader(), teacher=CifarResNet((1, 1, 1), num_classes=1), progress=False)
+    with pytest.raises(ValueError, match="val_loader can be read only once"):
+        finetune(network(), loader(), iter(list(loader())), epochs=2)
     pairs = [(images, labels) for images, labels, _ in loader()]
     with pytest.raises(ValueError, match=r"needs batches \(images, labels, index\)"):
         finetune(network(), pairs, teacher=CachedTeacher(model, len(DATA)), epochs=1, progress=False)
@@ -212,6 +230,43 @@ def test_a_run_resumed_with_other_epochs_goes_on_along_their_cosine(tmp_path):
     steps = len(loader())
     expected = [0.1 * warmup_cosine(epoch * steps, steps, 4 * steps) for epoch in (3, 4)]
     assert [epoch.lr for epoch in longer[2:]] == pytest.approx(expected)
+
+
+def test_the_first_step_of_a_run_that_goes_on_has_the_rate_of_its_own_schedule(tmp_path, monkeypatch):
+    steps, rates = len(loader()), []
+    finetune(network(), loader(), epochs=2, checkpoints=tmp_path, progress=False)
+    plain = torch.optim.SGD.step
+    step = lambda self, *args: (rates.append(self.param_groups[0]["lr"]), plain(self, *args))[1]  # noqa: E731
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    finetune(network(), loader(), epochs=4, checkpoints=tmp_path, resume=True, progress=False)
+    assert rates == pytest.approx([0.1 * warmup_cosine(2 * steps + i, steps, 4 * steps) for i in range(2 * steps)])
+
+
+def test_somebodys_accumulation_neither_stops_ours_nor_is_changed(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    mine = Accelerator(cpu=True)
+    theirs, _ = mine.prepare(nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1))
+    model, twin = network(), network()
+    with mine.accumulate(theirs):
+        assert not mine.sync_gradients
+        finetune(model, loader(), epochs=1, progress=False)
+        assert not mine.sync_gradients
+        assert mine.gradient_accumulation_steps == 3
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    finetune(twin, loader(), epochs=1, progress=False)
+    assert same(model, twin)
+    assert not same(model, network())
+
+
+def test_a_module_that_teaches_leaves_the_random_numbers_to_the_training():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    for teacher in (None, network(1)):
+        torch.manual_seed(0)
+        batches = [(torch.zeros(4, 3, 8, 8), torch.arange(4))] * 2
+        dropping = nn.Sequential(nn.Dropout(), network())
+        finetune(dropping, batches, teacher=teacher, epochs=1, progress=False)
+        assert torch.rand(1) != expected
 
 
 def test_a_torch_dataloader_of_dicts_and_a_module_as_teacher():
@@ -260,14 +315,21 @@ def test_after_a_loss_that_is_no_number_it_goes_on_with_half_the_rate(tmp_path):
     with pytest.raises(RuntimeError, match="the loss is nan"):
         finetune(network(), Flaky(99), epochs=2, halvings=2, checkpoints=tmp_path / "b", progress=False)
     assert [state.name for state in states(tmp_path / "b")] == ["epoch-0000"]
+    options = {"checkpoints": tmp_path / "c", "progress": False}
+    finetune(network(), Flaky(2), epochs=1, halvings=2, **options)
+    with pytest.raises(RuntimeError, match="the loss is nan"):  # halved more often than that before
+        finetune(network(), Flaky(99), epochs=2, halvings=1, resume=True, **options)
     with pytest.raises(ValueError, match="halvings=1 needs checkpoints=FOLDER"):
         finetune(network(), loader(), halvings=1)
+    with pytest.raises(ValueError, match="halvings=-1: at least 0"):
+        finetune(network(), loader(), halvings=-1, checkpoints=tmp_path / "d")
 
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [({"epochs": 0}, "epochs=0"), ({"lr": -1}, "lr=-1"), ({"distill": 2}, "distill=2"), ({"momentum": 1}, "momentum=1"),
-     ({"temperature": 0}, "temperature=0"), ({"lr": math.nan}, "lr=nan")],
+     ({"temperature": 0}, "temperature=0"), ({"lr": math.nan}, "lr=nan"), ({"epochs": math.nan}, "epochs=nan"),
+     ({"epochs": 2.5}, "epochs=2.5"), ({"temperature": math.inf}, "temperature=inf")],
 )  # fmt: skip
 def test_recipes_out_of_range(recipe, message):
     with pytest.raises(ValueError, match=message):
@@ -278,6 +340,17 @@ def test_labels_out_of_range_are_named():
     batches = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) + 5), 4)
     with pytest.raises(ValueError, match="labels from 9 to 12 with 10 classes"):
         finetune(network(), batches, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(4, 1).long(), torch.zeros(4), torch.eye(10)[:4].long()])
+def test_labels_of_another_form_are_named(labels):
+    batches = [(torch.randn(4, 3, 8, 8), labels)]
+    with pytest.raises(ValueError, match=r"labels are \(B,\) integers or \(B, classes\) probabilities; given torch"):
+        finetune(network(), batches, epochs=1, progress=False)
+
+
+def test_a_short_run_rises_for_half_of_it_at_most():
+    assert [warmup_cosine(step, 100, 4) for step in range(5)] == pytest.approx([1 / 3, 2 / 3, 1, 0.5, 0])
 
 
 def test_loaders_without_length_or_batches_are_named():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modprune._inputs import call, evaluating, first_tensor
+from modprune._inputs import call, evaluating, first_tensor, like
 
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
 SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
@@ -56,7 +56,8 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(False)
         with torch.no_grad():
             for module, name, buffer, value in buffers:
-                if differentiable_tensors(module._buffers[name]):  # the pass has put another in its place
+                new = module._buffers[name]  # which the pass has put there; one of another shape was cut inside
+                if new is not None and (new.shape == buffer.shape or differentiable_tensors(new)):
                     module._buffers[name] = buffer
                 if not torch.equal(buffer, value):  # a write, even of the same values, would spoil graphs it is in
                     buffer.copy_(value)
@@ -106,6 +107,7 @@ class Call:
         end, shape: the same of the first tensor that came out; `end` is None if it depends on nothing.
         form: "" if a tensor or a tuple came out, else the type's name.
         outputs: for each item of the tuple that came out, the argument that it is like by position; -1 for none.
+        others: the ends of further items that came out and are like none.
         times: how often the module was called.
     """
 
@@ -119,6 +121,7 @@ class Call:
     shape: torch.Size | None = None
     form: str = ""
     outputs: tuple[int, ...] = ()
+    others: tuple[Edge, ...] = ()
     times: int = 1
 
     @cached_property
@@ -160,6 +163,8 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
         if name in calls and y is not None and calls[name].end is None:
             seen = calls[name]
             seen.end, seen.outputs = edge(y), _sources(out, [*seen.args, *seen.kwargs.values()])
+            apart = [item for item, i in zip(out, seen.outputs, strict=True) if i < 0] if seen.outputs else []
+            seen.others = tuple(e for item in differentiable_tensors(apart) if item is not y and (e := edge(item)))
             seen.shape, seen.form = y.shape, "" if isinstance(out, (Tensor, tuple)) else type(out).__name__
 
     hooks = []
@@ -227,7 +232,7 @@ def _differentiable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _differentiable(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_differentiable(item) for item in value)
+        return like(value, [_differentiable(item) for item in value])
     return value
 
 

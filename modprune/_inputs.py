@@ -44,11 +44,11 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _map(function, item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return _like(value, [_map(function, item) for item in value])
+        return like(value, [_map(function, item) for item in value])
     return function(value)
 
 
-def _like(value: Any, items: list[Any]) -> Any:
+def like(value: Any, items: list[Any]) -> Any:
     """A tuple, named tuple or list such as `value`, of other items."""
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
@@ -145,7 +145,7 @@ def join(pieces: Sequence[Any]) -> Any:
         if nested and _is_list_of_tensors(first):
             return [image for part in parts for image in part]
         if isinstance(first, (tuple, list)):
-            return _like(first, [joined([part[i] for part in parts]) for i in range(len(first))])
+            return like(first, [joined([part[i] for part in parts]) for i in range(len(first))])
         return first
 
     return joined(pieces, nested=False)
@@ -156,7 +156,7 @@ def _map_arguments(function: Callable[[Any], Any], inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return {key: function(item) for key, item in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return _like(inputs, [function(item) for item in inputs])
+        return like(inputs, [function(item) for item in inputs])
     return function(inputs)
 
 
@@ -184,10 +184,24 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention layers without the fast path of inference inside the block."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode inside the block; every module's own mode and torch's RNG are put back after it."""
+    """The model in eval mode inside the block; every module's own mode and torch's RNG are put back after it.
+
+    Attention goes without torch's fast path, which hands nested tensors from layer to layer: hooks cannot read them.
+    """
     device = device_of(model)
-    with modes_kept(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with modes_kept(model), plain_attention(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         if any(module.training for module in model.modules()):
             model.eval()
         yield model

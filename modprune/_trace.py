@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from modprune._autograd import first_line
 
-MARK = "modprune"
+MARK = "modprune_kind"
 # What a shortcut may pass through in a traced block; the autograd names in `_autograd` say the same of a run one.
 _SUMS = ("add", "iadd", "add_")
 _SILENT = (
@@ -36,7 +38,9 @@ def shortcut_only(block: nn.Module) -> fx.GraphModule:
     kept = fx.GraphModule(whole, whole.graph, class_name=type(block).__name__)  # copies what the graph names
     for inner, module in kept.named_modules():
         module.training = block.get_submodule(inner).training
-    kept.meta[MARK] = "transition"
+    # Copies keep what stands in `meta`, pickle what is an attribute.
+    setattr(kept, MARK, "transition")
+    kept.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {MARK: "transition"}
     return kept
 
 
@@ -75,7 +79,14 @@ def _shortcut(block: nn.Module) -> tuple[fx.Graph, fx.Node, fx.Node]:
     for graph in _graphs(block):
         total, sides = _last_sum(graph, block)
         if total is not None:
-            return graph, total, min(sides, key=lambda side: sum(_params_behind(side, block).values()))
+            side = min(sides, key=lambda side: sum(_params_behind(side, block).values()))
+            kept = _behind(side) | (_behind(_output(graph)) - _behind(total))
+            if any(_asks_for_mode(node) for node in kept):
+                raise ValueError(
+                    "its shortcut calls a function such as dropout with the mode of the moment, which a trace fixes: "
+                    "use a module for it"
+                )
+            return graph, total, side
     raise ValueError("its output is not shortcut(x) + branch(x)")
 
 
@@ -153,6 +164,16 @@ def _is_silent(node: fx.Node, block: nn.Module) -> bool:
         module = block.get_submodule(str(node.target))
         return all(isinstance(m, _SILENT_LAYERS) for m in (module if isinstance(module, nn.Sequential) else [module]))
     return node.op in ("call_function", "call_method") and _operation(node) in _SILENT
+
+
+def _asks_for_mode(node: fx.Node) -> bool:
+    """Whether a node calls a function that does other things in training."""
+    if node.op != "call_function" or not callable(node.target):
+        return False
+    try:
+        return "training" in inspect.signature(node.target).parameters
+    except ValueError:  # of torch's own in C++, none of which asks
+        return False
 
 
 def _behind(node: fx.Node) -> set[fx.Node]:

@@ -105,13 +105,24 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         inputs = to_device(example_inputs, device_of(model))
         with counted_macs(model, inputs) as macs:
             calls, output = record_calls(model, inputs)
-        found, refused = _residual(calls, users(output))
+        found, refused = _residual(calls, users(output), _held(model))
         if not found and not refused:
             calls, output = record_calls(model, inputs, leaves=True)
             found = _plain(model, calls, users(output))
-        own = {n: [p for p in m._parameters.values() if p is not None] for n, m in model.named_modules()}
+        own = {
+            n: [p for p in m._parameters.values() if p is not None]
+            for n, m in model.named_modules(remove_duplicate=False)
+        }
         places = Counter(id(p) for ps in own.values() for p in ps)
-        blocks = [_describe(model, calls[n], kind, stays, own, places, macs) for n, (kind, stays) in found.items()]
+        names = _names(model)
+        blocks = []
+        for name, (kind, stays) in found.items():
+            rest = _with_zeros(calls[name]) if kind == "identity" else None
+            if rest is not None and _is_reordered(rest, calls[name].x):
+                refused[name] = "it gives its input back in another order"
+                continue
+            exact = rest is not None and torch.equal(rest, calls[name].x)
+            blocks.append(_describe(model, calls[name], kind, stays, exact, own, places, names, macs))
     return Blocks(blocks, refused)
 
 
@@ -133,19 +144,22 @@ def check_bare(model: nn.Module) -> None:
 _Found = dict[str, tuple[str, set[int]]]
 
 
-def _residual(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> tuple[_Found, dict[str, str]]:
+def _residual(
+    calls: dict[str, Call], uses: dict[Any, set[Any]], held: dict[nn.Module, str]
+) -> tuple[_Found, dict[str, str]]:
     """Residual blocks in forward order, and names of candidates refused with the reason."""
     found: _Found = {}
     refused: dict[str, str] = {}
     for name in sorted(calls, key=lambda name: name.count("."), reverse=True):
         seen, kind = calls[name], _kind(calls[name])
-        inner = [other for other in (*found, *refused) if other.startswith(name + ".")]
+        inside = set(seen.module.modules())
+        inner = [other for other in (*found, *refused) if calls[other].module in inside]
         # On the path of an identity there are no transitions: those inside it are parts of its branch.
         rivals = [other for other in inner if kind != "identity" or found.get(other, ("identity",))[0] == "identity"]
         if not kind or not _is_more_than(seen, kind, [calls[n] for n in rivals]):
             continue
         try:
-            if reason := _obstacle(seen, uses):
+            if reason := _obstacle(seen, uses, held):
                 raise ValueError(reason)
             kept = shortcut_parameters(seen.module) if kind == "transition" else set()
         except ValueError as error:
@@ -192,7 +206,26 @@ def _kind(seen: Call) -> str:
     return "transition" if one != other else ""
 
 
-def _obstacle(seen: Call, uses: dict[Any, set[Any]]) -> str:
+def _held(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that some module also keeps in a list or dict of Python's, where nothing can take their place."""
+    held: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            if attribute != "_modules":
+                held |= {item: f"{name}.{attribute}".lstrip(".") for item in items if isinstance(item, nn.Module)}
+    return held
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names of each module."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _obstacle(seen: Call, uses: dict[Any, set[Any]], held: dict[nn.Module, str]) -> str:
     """Why the block cannot go though it has the right shape; empty if it can."""
     if seen.times > 1:
         return f"called {seen.times} times in one forward pass"
@@ -200,8 +233,12 @@ def _obstacle(seen: Call, uses: dict[Any, set[Any]]) -> str:
         return f"it gives back a {seen.form}, neither a tensor nor a tuple"
     if _is_fed(seen):
         return "another layer feeds into it"
+    if seen.module in held:
+        return f"the list {held[seen.module]} holds it too, where nothing can take its place: use nn.ModuleList"
     assert seen.end is not None
     inside = between(seen.end[0], seen.start)
+    if any(uses.get(node, set()) - inside for node, _ in seen.others):
+        return "a second value that it gives back is used"
     hidden = inside - {seen.start[0], seen.end[0]}
     if any(uses.get(node, set()) - inside for node in hidden if not hasattr(node, "variable")):
         return "a value from inside it is used outside"
@@ -234,22 +271,29 @@ def _describe(
     seen: Call,
     kind: str,
     stays: set[int],
+    exact: bool,
     own: dict[str, list[nn.Parameter]],
     places: Counter[int],
+    aliases: dict[nn.Module, list[str]],
     macs: dict[str, int],
 ) -> Block:
     roots = [seen.name]
     if kind == "plain" and (norm := norm_after(model, seen.name)):
         roots.append(norm)
     names = [name for root in roots for name, _ in model.get_submodule(root).named_modules(prefix=root)]
-    inside = {name: own[name] for name in names if name in own}
-    here = Counter(id(p) for ps in inside.values() for p in ps)
+    inside = {name: own[name] for name in names}
+    going_with = [alias for root in roots for alias in aliases[model.get_submodule(root)]]
+    everywhere = [
+        own[name]
+        for alias in going_with
+        for name, _ in model.get_submodule(alias).named_modules(prefix=alias, remove_duplicate=False)
+    ]
+    here = Counter(id(p) for ps in everywhere for p in ps)
     going = {id(p): p.numel() for ps in inside.values() for p in ps if id(p) not in stays}
     freed = sum(size for key, size in going.items() if here[key] == places[key])
     staying = {name for name, ps in inside.items() if any(id(p) in stays for p in ps)}
-    alone = sum(macs[name] - sum(macs[child] for child in _children(model, name)) for name in staying)
+    alone = sum(macs.get(name, 0) - sum(macs.get(c, 0) for c in _children(model, name)) for name in staying)
     layers = tuple(name for name, ps in inside.items() if ps and name not in staying)
-    exact = kind == "identity" and _gives_input_back(seen)
     return Block(seen.name, kind, freed, macs[seen.name] - alone, layers, exact, seen.outputs)
 
 
@@ -257,15 +301,19 @@ def _children(model: nn.Module, name: str) -> list[str]:
     return [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
 
 
-def _gives_input_back(seen: Call) -> bool:
-    """Whether the block with all its parameters zero returns its input bit for bit."""
+def _with_zeros(seen: Call) -> Tensor | None:
+    """What the block gives with all its parameters zero: its input, bit for bit, if the shortcut is the identity."""
     args, kwargs = _replace_first(seen.args, seen.kwargs, seen.x.clone())
     try:
         with torch.no_grad(), _zeroed(seen.module):
-            y = first_tensor(seen.module(*args, **kwargs))
-        return y is not None and torch.equal(y, seen.x)
+            return first_tensor(seen.module(*args, **kwargs))
     except Exception:  # a cache among the arguments has grown since, and does not fit a second time
-        return False
+        return None
+
+
+def _is_reordered(y: Tensor, x: Tensor) -> bool:
+    """Whether one holds the values of the other in another order."""
+    return y.shape == x.shape and not torch.equal(y, x) and torch.equal(y.flatten().sort()[0], x.flatten().sort()[0])
 
 
 @contextmanager

@@ -9,11 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from modprune._inputs import first_tensor
 from modprune._trace import shortcut_only
+
+WHOLE = "modprune_nested_when_whole"
 
 
 class PassThrough(nn.Module):
-    """Gives its first argument back and ignores the others.
+    """Gives its first argument back, the first that is a tensor or holds one, and ignores the others.
 
     Args:
         outputs: for each item of the tuple that the block gave, which argument stands in, by position; -1 for None.
@@ -36,7 +39,10 @@ class PassThrough(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The first argument itself, not a copy, in the form that the block gave."""
         given = [*args, *kwargs.values()]
-        if not self.outputs or isinstance(given[0], tuple):
+        if not self.outputs:
+            x = first_tensor(given)
+            return given[0] if x is None else x
+        if isinstance(given[0], tuple):
             return given[0]
         return tuple(given[i] if 0 <= i < len(given) else None for i in self.outputs)
 
@@ -80,11 +86,29 @@ def stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) ->
 
 
 def swap(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put modules in others' places, by name; gives back those that stood there."""
+    """Put modules in others' places, by name and under every other name that they have; gives back those replaced."""
     originals = {name: model.get_submodule(name) for name in new}
+    others: dict[nn.Module, list[str]] = {module: [] for module in originals.values()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in others:
+            others[module].append(name)
     for name, module in new.items():
-        model.set_submodule(name, module)
+        for place in others[originals[name]]:
+            model.set_submodule(place, module)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            _tell(module)
     return originals
+
+
+def _tell(encoder: Any) -> None:
+    """Torch's encoder looks at the weights of its first layer to make nested tensors, which only whole layers take."""
+    whole = not any(isinstance(layer, PassThrough) for layer in encoder.layers)
+    if whole and WHOLE in vars(encoder):
+        encoder.use_nested_tensor = vars(encoder).pop(WHOLE)
+    elif not whole and WHOLE not in vars(encoder):
+        setattr(encoder, WHOLE, encoder.use_nested_tensor)
+        encoder.use_nested_tensor = False
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from modprune._inputs import batch_size, call, device_of, evaluating, join, take, to_device
+from modprune._inputs import batch_size, call, device_of, evaluating, join, plain_attention, take, to_device
 
 
 def count_params(model: nn.Module) -> int:
@@ -69,7 +69,7 @@ def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
     before = register_module_forward_pre_hook(lambda module, _: change(module, -1))
     after = register_module_forward_hook(lambda module, *_: change(module, 1))
     try:
-        with _plain_attention(), counter:
+        with _visible_attention(), counter:
             yield macs
     finally:
         before.remove()
@@ -96,10 +96,23 @@ class _Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
-        formula = flop_registry.get(getattr(function, "_overloadpacket", None))
+        packet = getattr(function, "_overloadpacket", None)
+        formula = flop_registry.get(packet)
         if formula is not None:
             self.total += _flops(formula, args, kwargs or {}, out)
+        elif packet in _RECURRENT:
+            self.total += _recurrent_flops(*args)
         return out
+
+
+# Whole recurrent layers in one operation, of which torch has no formula.
+_RECURRENT = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn)
+
+
+def _recurrent_flops(x: torch.Tensor, *rest: Any) -> int:
+    """Of the products with the weights; `rest` begins with four of them, or with a list of all."""
+    weights = rest[0] if isinstance(rest[0], (list, tuple)) else rest[:4]
+    return 2 * (x.numel() // x.shape[-1]) * sum(weight.numel() for weight in weights if weight.ndim == 2)
 
 
 def _flops(formula: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
@@ -141,7 +154,12 @@ def _modules_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, dict
     arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     for counter, count in (("fvcore", _fvcore), ("thop", _thop)):
         # thop leaves buffers behind and unfreezes batch norms: only ever a copy
-        with warnings.catch_warnings(), torch.no_grad(), evaluating(copy.deepcopy(model)) as copied, _plain_attention():
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            evaluating(copy.deepcopy(model)) as copied,
+            _visible_attention(),
+        ):
             warnings.simplefilter("ignore")  # both import and call what their own dependencies have deprecated
             try:
                 macs = count(copied, arguments)
@@ -256,15 +274,10 @@ def _seconds(model: nn.Module, inputs: Any) -> float:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def _visible_attention() -> Iterator[None]:
     """Attention as visible matrix products: the fused paths report no FLOPs."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with plain_attention(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modprune._files import write_text
-from modprune._inputs import call, device_of, evaluating, first_sample, to_device
+from modprune._inputs import batch_size, call, device_of, evaluating, first_sample, first_tensor, to_device
 from modprune.blocks import Blocks, find_blocks
 from modprune.features import GIB, LayerGrams, Sample, draw, labels_of
 from modprune.graph import WHOLE, check_k, feature_graph_from_gram, graph_modularity
@@ -153,15 +153,24 @@ def points(model: nn.Module, blocks: Blocks, example_inputs: Any) -> tuple[str, 
         raise ValueError(
             f"{type(model).__name__} has no residual block whose output is shortcut(x) + branch(x){looked}"
         )
-    return (_first_layer(model, example_inputs), *blocks.names)
+    return (_first_layer(model, blocks.names[0], example_inputs), *blocks.names)
 
 
-def _first_layer(model: nn.Module, example_inputs: Any) -> str:
-    ran: list[str] = []
+def _first_layer(model: nn.Module, block: str, example_inputs: Any) -> str:
+    """The first layer that ran once and gave a row for each sample, before the block had ended."""
+    rows: dict[str, list[int]] = {}
+    early: list[str] = []
+
+    def look(name: str, out: Any) -> None:
+        feature = first_tensor(out)
+        if block not in rows:
+            early.append(name)
+        rows.setdefault(name, []).append(len(feature) if feature is not None and feature.ndim else -1)
+
     hooks = [
-        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        module.register_forward_hook(lambda _, __, out, name=name: look(name, out))
         for name, module in model.named_modules()
-        if not any(True for _ in module.children()) and any(True for _ in module.parameters())
+        if name == block or (not any(True for _ in module.children()) and any(True for _ in module.parameters()))
     ]
     try:
         with evaluating(model), torch.no_grad():
@@ -169,7 +178,14 @@ def _first_layer(model: nn.Module, example_inputs: Any) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    return ran[0]
+    samples = batch_size(example_inputs)
+    first = next((name for name in early if rows[name] == [samples] and name != block), None)
+    if first is None:
+        raise ValueError(
+            f"{type(model).__name__} has no layer with parameters that runs once and gives a row for each sample, to "
+            "stand before the first block: give layers"
+        )
+    return first
 
 
 def q_of(grams: LayerGrams, sample: Sample, k: int) -> list[float]:

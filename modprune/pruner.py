@@ -219,7 +219,11 @@ def _candidates(
     return [
         Candidate(block.name, scores.mean[block.name], block.macs, block.params, times.get(block.name, 0))
         for block in blocks
-        if not any(block.name == name or _inside(block.name, name) or _inside(name, block.name) for name in ignored)
+        if not any(
+            own == name or _inside(own, name) or _inside(name, own)
+            for name in ignored
+            for own in (block.name, *block.layers)  # those of a plain unit lie beside it
+        )
     ]
 
 

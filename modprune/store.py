@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from modprune._autograd import first_line
 from modprune._files import write_bytes
 from modprune.models import CifarResNet
 from modprune.plan import PruningPlan
@@ -76,7 +77,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         model = _build(path, header["cifar_resnet"], most=len(tensors) + len(plan.remove))
         model.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), None))
-    trial = copy.deepcopy(model)
+    try:
+        trial = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the {type(model).__name__} given cannot be copied ({first_line(error):.80}): with "
+            "torch.nn.utils.parametrizations in the place of hooks such as weight_norm it can"
+        ) from None
     for candidate in (trial, model):  # all that can fail fails on the trial, before the caller's model is touched
         try:
             plan.apply(candidate)

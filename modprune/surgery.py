@@ -9,16 +9,16 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, nn
 
-from modprune._autograd import first_line
+from modprune._autograd import first_line, traceable
 from modprune._depgraph import dependency_graph
-from modprune._inputs import batch_size, call, device_of, evaluating, to_device
+from modprune._inputs import batch_size, call, device_of, evaluating, first_tensor, to_device
 from modprune._trace import MARK, traced_kind, traced_outputs
 from modprune.blocks import Block, check_bare, find_blocks
 from modprune.bypass import PassThrough, norm_after, stand_ins, swap
@@ -99,7 +99,7 @@ def remove_blocks(
     new = [stand_ins(model, block.name, block.kind, block.outputs) for block in blocks]
     most = count_params(model) - sum(block.params for block in blocks)  # fewer if they share some among themselves
     originals = swap(model, _merged(new))
-    problem = _problem(model, example_inputs, before, most)
+    problem = _problem(model, example_inputs, before, most) or _by_the_way(model, _merged(new), example_inputs)
     if problem:
         swap(model, originals)
         culprit = _culprit(model, new, example_inputs, before) or f"{names[0]} and the others together"
@@ -114,7 +114,7 @@ def removed_blocks(model: nn.Module) -> PruningPlan:
     for name, module in model.named_modules():
         if isinstance(module, PassThrough):
             removed[name] = module.kind, module.outputs
-        elif isinstance(module, fx.GraphModule) and module.meta.get(MARK) == "transition":
+        elif getattr(module, MARK, "") == "transition":
             removed[name] = "transition", ()
     kinds, outputs = zip(*removed.values(), strict=True) if removed else ((), ())
     return PruningPlan(tuple(removed), kinds, outputs)
@@ -166,6 +166,53 @@ def _problem(model: nn.Module, example_inputs: Any, before: list[tuple[int, ...]
     return "" if count <= most else f"{count:,} parameters are left where {most:,} at most were expected"
 
 
+def _by_the_way(model: nn.Module, new: Mapping[str, nn.Module], example_inputs: Any) -> str:
+    """What goes past the modules in the blocks' places: calls of the blocks, and writes into what they pass on."""
+    called, passed = set(), []
+
+    def look(name: str, args: Any, kwargs: Any, out: Any) -> None:
+        called.add(name)
+        x, y = first_tensor((args, kwargs)), first_tensor(out)
+        if x is not None and x is y:
+            passed.append((name, x, x._version))
+
+    hooks = [
+        module.register_forward_hook(lambda _, *seen, name=name: look(name, *seen), with_kwargs=True)
+        for name, module in new.items()
+    ]
+    try:
+        outputs = _outputs(model, example_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in new:
+        if name not in called:
+            return f"{name} is not called by that name: hold it in a ModuleList or as an attribute alone"
+    written = [name for name, x, version in passed if x._version != version]
+    if written and not _is_harmless(model, [new[name] for name in written], example_inputs, outputs):
+        return f"a layer writes in place into what now goes through {written[0]}: make it one that does not"
+    return ""
+
+
+def _is_harmless(model: nn.Module, passing: Sequence[nn.Module], example_inputs: Any, outputs: list[Tensor]) -> bool:
+    """Whether the outputs are those with copies passed on, and gradients can be had."""
+    copied = lambda _, __, out: torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, out)  # noqa: E731
+    hooks = [module.register_forward_hook(copied) for module in passing]
+    try:
+        same = all(map(torch.equal, outputs, _outputs(model, example_inputs)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    try:
+        with traceable(model):
+            made = _tensors(call(model, to_device(example_inputs, device_of(model))))
+            sums = [tensor.sum() for tensor in made if tensor.requires_grad]
+            torch.autograd.grad(sums, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    except RuntimeError:
+        return False
+    return same
+
+
 def _alike(before: list[tuple[int, ...]], after: list[tuple[int, ...]], batch: int) -> bool:
     """Whether shapes are the same, but for how many things were found: a detector finds as many as it finds."""
     pairs = list(zip(before, after, strict=False))
@@ -187,9 +234,16 @@ def _culprit(
 
 
 def _output_shapes(model: nn.Module, example_inputs: Any) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in _outputs(model, example_inputs)]
+
+
+def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     with torch.no_grad(), evaluating(model):
-        output = call(model, to_device(example_inputs, device_of(model)))
-    return [tuple(leaf.shape) for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        return _tensors(call(model, to_device(example_inputs, device_of(model))))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _rebuild_graph(model: nn.Module, example_inputs: Any) -> None:

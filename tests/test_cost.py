@@ -133,14 +133,14 @@ class _Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(6, 6))
-        self.lstm, self.bilinear = nn.LSTM(6, 6), nn.Bilinear(6, 6, 6)
+        self.gru, self.bilinear = nn.GRU(6, 6), nn.Bilinear(6, 6, 6)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # scripting is deprecated, and still met
             self.script = torch.jit.script(nn.Linear(6, 6))
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.einsum("bsi,ij->bsj", x, self.weight) @ self.weight + torch.addmm(x[0], x[0], self.weight)
-        x = torch.ops.aten.bmm(x, x.transpose(1, 2)) @ self.lstm(x)[0] + torch.baddbmm(x, x @ x.mT, x)
+        x = torch.ops.aten.bmm(x, x.transpose(1, 2)) @ self.gru(x)[0] + torch.baddbmm(x, x @ x.mT, x)
         return self.script(self.bilinear(x, torch.tensordot(x, self.weight, 1)))
 
 

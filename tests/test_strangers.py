@@ -1,0 +1,364 @@
+"""Networks that are written in ways of their own: what can go is taken out rightly, what cannot is said."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections import namedtuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modprune import ModularityPruner, PruningPlan, count_macs, find_blocks, load, modularity_curve, save
+from modprune.criteria import Ablation
+from modprune.surgery import removed_blocks
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return x + F.relu(self.norm(self.conv(x)))
+
+
+class Net(nn.Module):
+    """A stem, blocks in a ModuleList, a head."""
+
+    def __init__(self, *blocks: nn.Module, channels: int = 8) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(channels, 4)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Listed(Net):
+    """The old idiom: a list of Python's beside add_module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [Residual(), Residual()]
+        for i, layer in enumerate(self.layers):
+            self.add_module(f"layer{i}", layer)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Hidden(Listed):
+    """The same, where no attribute shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers, self.layers = self.layers, ()
+        self.run = lambda x: layers[1](layers[0](x))
+
+    def forward(self, x):
+        return self.head(self.run(self.stem(x)).mean((2, 3)))
+
+
+def test_a_block_that_a_list_holds_too_is_refused():
+    blocks = find_blocks(Listed(), X)
+    assert not blocks
+    assert set(blocks.refused) == {"layer0", "layer1"}
+    assert "the list layers holds it too" in blocks.refused["layer0"]
+    model = Hidden()
+    with pytest.raises(RuntimeError, match="layer0 is not called by that name"):
+        PruningPlan(("layer0",)).apply(model, X)
+    assert isinstance(model.layer0, Residual)
+
+
+class Twice(Net):
+    """The same blocks under two names."""
+
+    def __init__(self) -> None:
+        super().__init__(Residual(), Residual(), Residual())
+        self.body = nn.Sequential(*self.blocks)
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+def test_a_block_with_two_names_goes_under_both(tmp_path):
+    model = Twice().eval()
+    blocks = find_blocks(model, X)
+    assert blocks.names == ("blocks.0", "blocks.1", "blocks.2")
+    assert {block.params for block in blocks} == {8 * 8 * 9 + 8 + 16}
+    scores = Ablation(samples=8)(model, blocks, [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)])
+    assert any(scores.mean.values())
+    expected = model.head(model.blocks[1](model.stem(X)).mean((2, 3)))
+    PruningPlan(("blocks.0", "blocks.2")).apply(model, X)
+    torch.testing.assert_close(model(X), expected)
+    save(model, tmp_path / "m.safetensors")
+    assert torch.equal(load(tmp_path / "m.safetensors", Twice()).eval()(X), model(X))
+
+
+def test_an_encoder_of_torch_with_a_padding_mask():
+    class Texts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 4)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3)
+
+        def forward(self, ids, padded=None):
+            return self.head(self.encoder(self.embed(ids), src_key_padding_mask=padded).mean(1))
+
+    ids, padded = torch.randint(20, (8, 6)), torch.arange(6).expand(8, 6) > 3
+    model = Texts().eval()
+    whole = copy.deepcopy(model)
+    loader = [{"ids": ids, "padded": padded, "labels": torch.arange(8) % 4}]
+    assert len(modularity_curve(model, loader, samples=8, repeats=1).layers) == 4
+    for example in ((ids, padded), None):
+        pruned = copy.deepcopy(whole)
+        PruningPlan(("encoder.layers.0",), ("identity",)).apply(pruned, example)
+        y = whole.embed(ids)
+        for layer in (1, 2):
+            y = whole.encoder.layers[layer](y, src_key_padding_mask=padded)
+        rest = pruned.encoder(pruned.embed(ids), src_key_padding_mask=padded)
+        torch.testing.assert_close(rest[:, :4], y[:, :4])  # what is padded nobody reads
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert model.encoder.use_nested_tensor
+
+
+class Doubling(nn.Module):
+    """A transition with dropout on its shortcut."""
+
+    def __init__(self, shortcut) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.short, self.shortcut = nn.Conv2d(8, 16, 1), shortcut
+        self.one, self.two = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        return self.shortcut(self, self.short(x)) + self.two(F.relu(self.one(x)))
+
+
+def by_function(block, x):
+    return F.dropout(x, 0.5, block.training)
+
+
+def by_module(block, x):
+    return block.drop(x)
+
+
+def test_a_shortcut_that_asks_for_the_mode_is_refused_and_a_module_follows_it():
+    refused = find_blocks(Net(Doubling(by_function), channels=16), X).refused
+    assert "mode of the moment" in refused["blocks.0"]
+    model = Net(Doubling(by_module), channels=16).eval()
+    PruningPlan(("blocks.0",)).apply(model, X)
+    assert torch.equal(model(X), model(X))
+    model.train()
+    assert not torch.equal(model(X), model(X))
+
+
+def test_the_mark_of_a_transition_outlives_copies_and_pickle():
+    model = Net(Doubling(by_module), channels=16)
+    PruningPlan(("blocks.0",)).apply(model, X)
+    file = io.BytesIO()
+    torch.save(copy.deepcopy(model), file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    for copied in (copy.deepcopy(model), again):
+        assert removed_blocks(copied).remove == ("blocks.0",)
+
+
+class Kept(Net):
+    """What goes into the first block is read again at the end; the activation after it writes in place."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__(Residual(), Residual(), channels=16)
+        self.act = nn.ReLU(inplace=inplace)
+
+    def forward(self, x):
+        kept = self.stem(x)
+        x = self.blocks[1](self.act(self.blocks[0](kept)))
+        return self.head(torch.cat([x, kept], 1).mean((2, 3)))
+
+
+def test_what_would_be_overwritten_is_named():
+    with pytest.raises(RuntimeError, match=r"writes in place into what now goes through blocks\.0"):
+        PruningPlan(("blocks.0",)).apply(Kept(inplace=True), X)
+    PruningPlan(("blocks.0",)).apply(Kept(inplace=False), X)
+    act = lambda: nn.ReLU(inplace=True)  # noqa: E731
+    chain = nn.Sequential(nn.Conv2d(3, 8, 1), act(), Residual(), act(), nn.Flatten(), nn.Linear(512, 4))
+    with pytest.raises(
+        RuntimeError, match="writes in place into what now goes through 2"
+    ):  # what ReLU's gradient reads
+        PruningPlan(("2",)).apply(chain, X)
+    chain = nn.Sequential(nn.Conv2d(3, 8, 1), Residual(), act(), nn.Flatten(), nn.Linear(512, 4))
+    PruningPlan(("1",)).apply(chain, X)
+    chain.train()(X).sum().backward()
+
+
+class Aside(Residual):
+    """Gives back a number of its own as well."""
+
+    def forward(self, x):
+        return super().forward(x), self.conv.weight.square().sum()
+
+
+class Numbered(Residual):
+    def forward(self, i, x):
+        return super().forward(x) * 1 if i < 0 else super().forward(x)
+
+
+class Paired(Residual):
+    def forward(self, both):
+        return super().forward(both[0])
+
+
+class Own(Net):
+    def __init__(self, block, run) -> None:
+        super().__init__(block(), block())
+        self.run = run
+
+    def forward(self, x):
+        x, total = self.stem(x), 0
+        for block in self.blocks:
+            x, total = self.run(block, x, total)
+        return self.head(x.mean((2, 3))) + total
+
+
+def with_aside(block, x, total):
+    x, own = block(x)
+    return x, total + own
+
+
+@pytest.mark.parametrize(
+    ("block", "run"),
+    [(Numbered, lambda block, x, total: (block(1, x), 0)), (Paired, lambda block, x, total: (block((x, x)), 0))],
+)
+def test_the_tensor_goes_on_wherever_it_stands(block, run):
+    model = Own(block, run).eval()
+    assert len(find_blocks(model, X)) == 2
+    PruningPlan(("blocks.0", "blocks.1")).apply(model, X)
+    torch.testing.assert_close(model(X), model.head(model.stem(X).mean((2, 3))))
+
+
+def test_a_second_value_that_is_used_keeps_the_block():
+    refused = find_blocks(Own(Aside, with_aside), X).refused
+    assert refused == dict.fromkeys(("blocks.0", "blocks.1"), "a second value that it gives back is used")
+
+
+def test_a_layer_that_two_blocks_share_stays_with_the_other():
+    model = Net(Residual(), Residual(), Residual())
+    model.blocks[1].conv = model.blocks[0].conv
+    blocks = find_blocks(model, X)
+    assert [block.params for block in blocks] == [16, 16, 8 * 8 * 9 + 8 + 16]
+    PruningPlan(("blocks.0", "blocks.2")).apply(model, X)
+
+
+@pytest.mark.parametrize(
+    "after", [lambda x: x.transpose(2, 3), lambda x: x.roll(1, 2), lambda x: x.unflatten(1, (2, 4)).mT.flatten(1, 2)]
+)
+def test_an_input_in_another_order_is_no_identity(after):
+    class Turned(Residual):
+        def forward(self, x):
+            return after(super().forward(x)).reshape(x.shape)
+
+    blocks = find_blocks(Net(Turned(), Residual()), X)
+    assert blocks.names == ("blocks.1",)
+    assert blocks.refused == {"blocks.0": "it gives its input back in another order"}
+
+
+def test_ignored_layers_keep_a_plain_unit_by_its_norm():
+    parts = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    parts += [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()] * 1
+    parts += [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4)]
+    model = nn.Sequential(*parts)
+    for kept, gone in ((4, "6"), (7, "3")):
+        pruner = ModularityPruner(model, X, [], "l1_norm", blocks=1, ignored_layers=[model[kept]])
+        assert pruner.plan().remove == (gone,)
+
+
+@pytest.mark.parametrize(("layer", "gates"), [(nn.LSTM, 4), (nn.GRU, 3)])
+def test_recurrent_layers_count(layer, gates):
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer(8, 8, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x)[0]
+
+    assert count_macs(Recurrent(), torch.randn(3, 5, 8)) == 5 * gates * (8 * 8 + 8 * 8)
+
+
+def test_the_first_point_is_a_layer_with_a_row_for_each_sample():
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place, self.embed, self.head = nn.Embedding(6, 8), nn.Embedding(20, 8), nn.Linear(8, 4)
+            self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2)))
+
+        def forward(self, ids):
+            return self.head(self.layers(self.place(torch.arange(6)) + self.embed(ids)).mean(1))
+
+    loader = [(torch.randint(20, (8, 6)), torch.arange(8) % 4)]
+    curve = modularity_curve(Placed(), loader, samples=8, repeats=1)
+    assert curve.layers == ("embed", "layers.0", "layers.1")
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.act = nn.Parameter(torch.randn(3, 3)), nn.ReLU()
+
+        def forward(self, x):
+            return x + self.act(F.linear(x, self.weight))
+
+    with pytest.raises(ValueError, match="Sequential has no layer with parameters that runs once"):
+        modularity_curve(nn.Sequential(Bare(), Bare()), [(torch.randn(8, 3), torch.arange(8) % 4)], samples=8)
+
+
+def test_what_a_pass_assigns_anew_comes_back():
+    class Counting(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen = self.seen + len(x)
+            return super().forward(x)
+
+    model = Net(Counting(), Counting())
+    buffer = model.blocks[0].seen
+    assert len(find_blocks(model, X)) == 2
+    assert model.blocks[0].seen is buffer
+    assert buffer.item() == 0
+
+
+def test_named_tuples_as_inputs():
+    pair = namedtuple("pair", "images scale")
+
+    class Scaled(Net):
+        def forward(self, given):
+            return super().forward(given.images * given.scale)
+
+    assert len(find_blocks(Scaled(Residual(), Residual()), (pair(X, 2.0),))) == 2
+
+
+def test_a_network_that_cannot_be_copied_is_named(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Residual())
+    save(model, tmp_path / "m.safetensors")
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(model[0])(X)
+    with pytest.raises(ValueError, match="the Sequential given cannot be copied"):
+        load(tmp_path / "m.safetensors", model)
+
+
+def test_a_criterion_is_an_instance():
+    with pytest.raises(ValueError, match=r"criterion Ablation is a class: give an instance, Ablation\(\)"):
+        ModularityPruner(Net(Residual()), X, [], Ablation, blocks=1)

@@ -33,10 +33,10 @@ table. By `python -m benchmarks.zoo`."""
 TRAINING_IMAGES = 50_000
 OURS = {
     "resnet56-cifar10": "blocks",
-    "resnet56-cifar10-narrow": "blocks and a little width",
+    "resnet56-cifar10-cutmix": "blocks and a little width",
     "resnet56-cifar10-quarter": "blocks and width",
 }
-TRIED = ("resnet56-cifar10-strict",)
+TRIED = ("resnet56-cifar10-narrow", "resnet56-cifar10-strict")
 PRUNED = ("unpruned", "depth", "width")
 SHOWN_LEFT = 0.60  # the budget at which the blocks left are shown
 STEPS = ("forward", "round_trip", "width", "pruner", "gradients", "depgraph", "compile", "export", "onnx")
@@ -92,9 +92,11 @@ def _chain(run: dict[str, Any]) -> list[dict[str, Any]]:
 def _new(run: dict[str, Any]) -> str:
     before = run.get("before")
     new = [] if before else [f"{len(run['removed'])} blocks removed by modularity, jointly"]
-    new += [f"{run['width']:.0%} of the inner channels cut"] if run.get("width") else []
+    where = f"of {run['within']} " if run.get("within") else ""
+    new += [f"{run['width']:.0%} of the inner channels {where}cut"] if run.get("width") else []
     if not before or before["recipe"]["teacher"] != run["recipe"]["teacher"]:
         new.append(f"taught by {_teacher(run)}")
+    new += [f"{run['mixed']} images made by CutMix for each, without labels"] if run.get("mixed") else []
     return "; ".join(new) or "more epochs"
 
 
@@ -107,8 +109,11 @@ def _teacher(run: dict[str, Any]) -> str:
 def _epochs(run: dict[str, Any]) -> str:
     """How long a run was, and whether all of it was on one schedule."""
     recipe = Recipe(**{field.name: run["recipe"][field.name] for field in fields(Recipe)})
-    other = epochs_on_another_schedule(run["history"], recipe, TRAINING_IMAGES // run["recipe"]["batch_size"])
-    return f"{run['trained_epochs']}" + (f" (the first {other} on schedules of other lengths)" if other else "")
+    times = 1 + run.get("mixed", 0)
+    steps = times * TRAINING_IMAGES // run["recipe"]["batch_size"]
+    other = epochs_on_another_schedule(run["history"], recipe, steps)
+    of = f" of {times} x {TRAINING_IMAGES:,} images" if times > 1 else ""
+    return f"{run['trained_epochs']}{of}" + (f" (the first {other} on schedules of other lengths)" if other else "")
 
 
 def _top1(run: dict[str, Any]) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -132,10 +133,13 @@ def test_where_it_is_ignored_the_run_goes_on(tmp_path):
     assert len(history) == EPOCHS
 
 
-def test_an_error_is_not_hidden_by_the_signal(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="the state after epoch 0 cannot be written"):
-        run("lazy", tmp_path / "file" / "new", at=2)
+def test_an_error_is_not_hidden_by_the_signal(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(OSError, match=r"the state after epoch 0 cannot be written \(no space left\)"):
+        run("lazy", tmp_path, at=2)
 
 
 def test_a_state_of_weights_that_the_step_broke_is_not_written(tmp_path):
@@ -168,7 +172,8 @@ def test_a_run_that_an_epoch_is_begun_of_does_not_end_before_it(tmp_path):
     with pytest.raises(SystemExit):
         run("lazy", tmp_path, at=2 * STEPS + 1)
     with pytest.raises(ValueError, match="has done or begun 3 already"):
-        finetune(network(), Lazy(), epochs=2, lr=0.05, checkpoints=tmp_path, resume=True, progress=False)
+        options = {"checkpoints": tmp_path, "resume": True, "epochs": 2, "lr": 0.05, "progress": False}
+        finetune(network(), Lazy(), teacher=Terminating(None), **options)
 
 
 def test_outside_the_main_thread_nothing_is_put_off(tmp_path):

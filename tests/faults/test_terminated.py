@@ -171,8 +171,8 @@ def test_a_signal_that_comes_while_the_others_are_asked_is_not_lost(monkeypatch)
 def test_a_run_that_an_epoch_is_begun_of_does_not_end_before_it(tmp_path):
     with pytest.raises(SystemExit):
         run("lazy", tmp_path, at=2 * STEPS + 1)
+    options = {"checkpoints": tmp_path, "resume": True, "epochs": 2, "lr": 0.05, "progress": False}
     with pytest.raises(ValueError, match="has done or begun 3 already"):
-        options = {"checkpoints": tmp_path, "resume": True, "epochs": 2, "lr": 0.05, "progress": False}
         finetune(network(), Lazy(), teacher=Terminating(None), **options)
 
 

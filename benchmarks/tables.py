@@ -34,7 +34,7 @@ TRAINING_IMAGES = 50_000
 OURS = {
     "resnet56-cifar10": "blocks",
     "resnet56-cifar10-cutmix": "blocks and a little width",
-    "resnet56-cifar10-quarter": "blocks and width",
+    "resnet56-cifar10-quarter-cutmix": "blocks and width",
 }
 TRIED = ("resnet56-cifar10-narrow", "resnet56-cifar10-strict")
 PRUNED = ("unpruned", "depth", "width")

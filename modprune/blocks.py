@@ -152,11 +152,13 @@ def _residual(
     refused: dict[str, str] = {}
     for name in sorted(calls, key=lambda name: name.count("."), reverse=True):
         seen, kind = calls[name], _kind(calls[name])
+        if not kind:
+            continue
         inside = set(seen.module.modules())
         inner = [other for other in (*found, *refused) if calls[other].module in inside]
         # On the path of an identity there are no transitions: those inside it are parts of its branch.
         rivals = [other for other in inner if kind != "identity" or found.get(other, ("identity",))[0] == "identity"]
-        if not kind or not _is_more_than(seen, kind, [calls[n] for n in rivals]):
+        if not _is_more_than(seen, kind, [calls[n] for n in rivals]):
             continue
         try:
             if reason := _obstacle(seen, uses, held):

@@ -66,12 +66,13 @@ class CachedTeacher:
         if not isinstance(batch, (tuple, list)) or len(batch) != 3:
             raise ValueError("a CachedTeacher needs batches (images, labels, index), as ImageLoader gives them")
         images, _, index = batch
-        if len(index) and index.max() >= len(self._seen):
+        try:
+            new = self._seen[index] < self.looks
+        except IndexError:
             raise ValueError(
                 f"a CachedTeacher for {len(self._seen)} images and a batch with number {index.max()}: give the number "
                 "of training images"
-            )
-        new = self._seen[index] < self.looks
+            ) from None
         if new.any():
             with torch.no_grad(), evaluating(self.model):
                 logits = logits_of(self.model(images[new])).float()

@@ -109,12 +109,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         if not found and not refused:
             calls, output = record_calls(model, inputs, leaves=True)
             found = _plain(model, calls, users(output))
-        own = {
-            n: [p for p in m._parameters.values() if p is not None]
-            for n, m in model.named_modules(remove_duplicate=False)
-        }
-        places = Counter(id(p) for ps in own.values() for p in ps)
-        names = _names(model)
+        places = _places(model.modules())
         blocks = []
         for name, (kind, stays) in found.items():
             rest = _with_zeros(calls[name]) if kind == "identity" else None
@@ -122,7 +117,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
                 refused[name] = "it gives its input back in another order"
                 continue
             exact = rest is not None and torch.equal(rest, calls[name].x)
-            blocks.append(_describe(model, calls[name], kind, stays, exact, own, places, names, macs))
+            blocks.append(_describe(model, calls[name], kind, stays, exact, places, macs))
     return Blocks(blocks, refused)
 
 
@@ -219,14 +214,6 @@ def _held(model: nn.Module) -> dict[nn.Module, str]:
     return held
 
 
-def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """All names of each module."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return names
-
-
 def _obstacle(seen: Call, uses: dict[Any, set[Any]], held: dict[nn.Module, str]) -> str:
     """Why the block cannot go though it has the right shape; empty if it can."""
     if seen.times > 1:
@@ -274,33 +261,36 @@ def _describe(
     kind: str,
     stays: set[int],
     exact: bool,
-    own: dict[str, list[nn.Parameter]],
     places: Counter[int],
-    aliases: dict[nn.Module, list[str]],
     macs: dict[str, int],
 ) -> Block:
     roots = [seen.name]
     if kind == "plain" and (norm := norm_after(model, seen.name)):
         roots.append(norm)
-    names = [name for root in roots for name, _ in model.get_submodule(root).named_modules(prefix=root)]
-    inside = {name: own[name] for name in names}
-    going_with = [alias for root in roots for alias in aliases[model.get_submodule(root)]]
-    everywhere = [
-        own[name]
-        for alias in going_with
-        for name, _ in model.get_submodule(alias).named_modules(prefix=alias, remove_duplicate=False)
-    ]
-    here = Counter(id(p) for ps in everywhere for p in ps)
-    going = {id(p): p.numel() for ps in inside.values() for p in ps if id(p) not in stays}
-    freed = sum(size for key, size in going.items() if here[key] == places[key])
-    staying = {name for name, ps in inside.items() if any(id(p) in stays for p in ps)}
-    alone = sum(macs.get(name, 0) - sum(macs.get(c, 0) for c in _children(model, name)) for name in staying)
-    layers = tuple(name for name, ps in inside.items() if ps and name not in staying)
+    inside = {name: module for root in roots for name, module in model.get_submodule(root).named_modules(prefix=root)}
+    own = {name: [p for p in module._parameters.values() if p is not None] for name, module in inside.items()}
+    freed = sum(p.numel() for p in _alone(inside, roots, places) if id(p) not in stays)
+    staying = [name for name, ps in own.items() if any(id(p) in stays for p in ps)]
+    children = [f"{name}.{child}" for name in staying for child in inside[name]._modules]
+    alone = sum(macs.get(name, 0) for name in staying) - sum(macs.get(name, 0) for name in children)
+    layers = tuple(name for name, ps in own.items() if ps and name not in staying)
     return Block(seen.name, kind, freed, macs[seen.name] - alone, layers, exact, seen.outputs)
 
 
-def _children(model: nn.Module, name: str) -> list[str]:
-    return [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
+def _alone(inside: dict[str, nn.Module], roots: Sequence[str], places: Counter[int]) -> set[nn.Parameter]:
+    """The parameters of the modules `inside` that no module outside holds, once `roots` are gone from all places."""
+    here = _places(inside.values())
+    shared = [module for name, module in inside.items() if name not in roots and here[id(module)] < places[id(module)]]
+    staying = {inner for module in shared for inner in module.modules()}
+    going = [module for module in inside.values() if module not in staying]
+    here = _places(going)
+    own = (p for module in going for p in module._parameters.values() if p is not None)
+    return {p for p in own if here[id(p)] == places[id(p)]}
+
+
+def _places(modules: Iterable[nn.Module]) -> Counter[int]:
+    """In how many places these modules hold each module and parameter, by id."""
+    return Counter(id(held) for module in modules for held in (*module._modules.values(), *module._parameters.values()))
 
 
 def _with_zeros(seen: Call) -> Tensor | None:

@@ -44,11 +44,11 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) 
         return remove_blocks(model, plan.remove, **blocks)
     if example_inputs is None:
         raise ValueError("the plan cuts channels too: give example_inputs, which torch-pruning traces the model with")
-    before = _output_shapes(model, example_inputs)
+    before = _shapes(_outputs(model, example_inputs))
     trial = remove_blocks(copy.deepcopy(model), plan.remove, **blocks)
     count = count_params(trial)
     narrow(trial, plan.width, example_inputs)  # what can fail fails on the trial
-    problem = _problem(trial, example_inputs, before, count - 1)
+    problem = _problem(trial, {}, example_inputs, before, count - 1)
     if problem:
         raise RuntimeError(f"cutting channels failed: {problem}; the model is as it was")
     done = removed_blocks(trial)  # proven there: nothing has to be found or proven again
@@ -95,12 +95,11 @@ def remove_blocks(
         swap(model, _merged([stand_ins(model, *block) for block in zip(names, kinds, forms, strict=True)]))
         return model
     blocks = _choose(model, names, kinds, example_inputs)
-    before = _output_shapes(model, example_inputs)
+    before = _shapes(_outputs(model, example_inputs))
     new = [stand_ins(model, block.name, block.kind, block.outputs) for block in blocks]
     most = count_params(model) - sum(block.params for block in blocks)  # fewer if they share some among themselves
     originals = swap(model, _merged(new))
-    problem = _problem(model, example_inputs, before, most) or _by_the_way(model, _merged(new), example_inputs)
-    if problem:
+    if problem := _problem(model, _merged(new), example_inputs, before, most):
         swap(model, originals)
         culprit = _culprit(model, new, example_inputs, before) or f"{names[0]} and the others together"
         raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was")
@@ -154,27 +153,15 @@ def _merged(parts: Sequence[dict[str, nn.Module]]) -> dict[str, nn.Module]:
     return {name: module for part in parts for name, module in part.items()}
 
 
-def _problem(model: nn.Module, example_inputs: Any, before: list[tuple[int, ...]], most: int) -> str:
-    """What is wrong with a pruned model; empty if nothing is."""
-    try:
-        after = _output_shapes(model, example_inputs)
-    except Exception as error:
-        return first_line(error)
-    if not _alike(before, after, batch_size(example_inputs)):
-        return f"the output had shape {before}, now {after}"
-    count = count_params(model)
-    return "" if count <= most else f"{count:,} parameters are left where {most:,} at most were expected"
-
-
-def _by_the_way(model: nn.Module, new: Mapping[str, nn.Module], example_inputs: Any) -> str:
-    """What goes past the modules in the blocks' places: calls of the blocks, and writes into what they pass on."""
-    called, passed = set(), []
+def _problem(
+    model: nn.Module, new: Mapping[str, nn.Module], example_inputs: Any, before: list[tuple[int, ...]], most: int
+) -> str:
+    """What is wrong with a pruned model that has `new` in the blocks' places; empty if nothing is."""
+    passed: dict[str, tuple[Tensor | None, int]] = {}
 
     def look(name: str, args: Any, kwargs: Any, out: Any) -> None:
-        called.add(name)
-        x, y = first_tensor((args, kwargs)), first_tensor(out)
-        if x is not None and x is y:
-            passed.append((name, x, x._version))
+        x = first_tensor((args, kwargs))
+        passed[name] = (x, x._version) if x is not None and x is first_tensor(out) else (None, 0)
 
     hooks = [
         module.register_forward_hook(lambda _, *seen, name=name: look(name, *seen), with_kwargs=True)
@@ -182,13 +169,19 @@ def _by_the_way(model: nn.Module, new: Mapping[str, nn.Module], example_inputs: 
     ]
     try:
         outputs = _outputs(model, example_inputs)
+    except Exception as error:
+        return first_line(error)
     finally:
         for hook in hooks:
             hook.remove()
-    for name in new:
-        if name not in called:
-            return f"{name} is not called by that name: hold it in a ModuleList or as an attribute alone"
-    written = [name for name, x, version in passed if x._version != version]
+    after, count = _shapes(outputs), count_params(model)
+    if not _alike(before, after, batch_size(example_inputs)):
+        return f"the output had shape {before}, now {after}"
+    if count > most:
+        return f"{count:,} parameters are left where {most:,} at most were expected"
+    if past := [name for name in new if name not in passed]:
+        return f"{past[0]} is not called by that name: hold it in a ModuleList or as an attribute alone"
+    written = [name for name, (x, version) in passed.items() if x is not None and x._version != version]
     if written and not _is_harmless(model, [new[name] for name in written], example_inputs, outputs):
         return f"a layer writes in place into what now goes through {written[0]}: make it one that does not"
     return ""
@@ -226,15 +219,15 @@ def _culprit(
     """The name of the first block that cannot go even alone; empty if each can."""
     for parts in new:
         originals = swap(model, parts)
-        broken = _problem(model, example_inputs, before, count_params(model))
+        broken = _problem(model, parts, example_inputs, before, count_params(model))
         swap(model, originals)
         if broken:
             return next(iter(parts))
     return ""
 
 
-def _output_shapes(model: nn.Module, example_inputs: Any) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for tensor in _outputs(model, example_inputs)]
+def _shapes(tensors: list[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors]
 
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:

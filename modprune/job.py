@@ -123,12 +123,16 @@ def prune_job(
 
 def _check_same(out: Path, arguments: Mapping[str, Any]) -> None:
     """ValueError if the run in `out` had other arguments: one plan, order and record would not fit the other."""
-    if not (out / "run.json").exists():
+    record = out / "run.json"
+    if not record.exists():
         return
-    theirs = json.loads((out / "run.json").read_text())["arguments"]
     mine = json.loads(json.dumps(arguments))
-    for recipe in (theirs["recipe"], mine["recipe"]):
-        (recipe or {}).pop("epochs", None)  # they may become more
+    try:
+        theirs = json.loads(record.read_text())["arguments"]
+        for recipe in (theirs["recipe"], mine["recipe"]):
+            (recipe or {}).pop("epochs", None)  # they may become more
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{record}: not the record of a run of modprune prune; give another folder") from None
     other = [name for name in mine if mine[name] != theirs.get(name)]
     if other:
         had, has = ({name: values.get(name) for name in other} for values in (theirs, mine))

@@ -206,6 +206,11 @@ def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
         done = in_process(*prune(weights, cut, *options, "--resume", *other))
         assert "resume it as it was" in str(done.exception)
 
+    for foreign in ("{}", "no JSON", '{"arguments": {"recipe": 3}}'):
+        (tmp_path / "run.json").write_text(foreign)
+        done = in_process(*prune(weights, tmp_path, *options, "--resume"))
+        assert "run.json: not the record of a run" in str(done.exception)
+
     model = cut / "model.safetensors"
     text = in_process("evaluate", "--model", model, "--data", "digits", "--json", cut / "e.json").output
     report = json.loads((cut / "report.json").read_text())

@@ -39,6 +39,12 @@ def to_device(value: Any, device: torch.device) -> Any:
     return _map(lambda v: v.to(device, non_blocking=device.type == "cuda") if isinstance(v, Tensor) else v, value)
 
 
+def laid_out(value: Any, layout: torch.memory_format) -> Any:
+    """`value` with every (B, C, H, W) floating point tensor inside it in this memory format."""
+    images = lambda v: isinstance(v, Tensor) and v.ndim == 4 and v.is_floating_point()  # noqa: E731
+    return _map(lambda v: v.to(memory_format=layout) if images(v) else v, value)
+
+
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
     """`function` of all that is no container."""
     if isinstance(value, Mapping):

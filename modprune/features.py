@@ -22,6 +22,7 @@ from modprune._inputs import (
     first_sample,
     first_tensor,
     join,
+    laid_out,
     split_batch,
     take,
     to_device,
@@ -121,7 +122,8 @@ def _joined(pieces: Sample) -> Sample:
 class LayerGrams:
     """Inner products of a model's features, layer by layer.
 
-    Features lie in one allocation, `budget` bytes at most, that all passes and all samples share.
+    Features lie in one allocation, `budget` bytes at most, that all passes and all samples share. On the CPU images
+    are forwarded channels last, which is faster, where the model takes them so.
 
     Args:
         model: run in eval mode without gradients, on its own device; left as found.
@@ -132,6 +134,8 @@ class LayerGrams:
     def __init__(self, model: nn.Module, layers: Sequence[str], budget: int = GIB) -> None:
         self.model, self.layers, self.budget = model, layers, budget
         self._arena = torch.empty(0)
+        self._layout = torch.channels_last if device_of(model).type == "cpu" else torch.preserve_format
+        self._channels_last: set[str] = set()
 
     def __call__(self, sample: Sample) -> Iterator[tuple[str, Tensor]]:
         """For each layer, in the given order, the (N, N) float32 inner products of the N flattened features.
@@ -170,10 +174,24 @@ class LayerGrams:
             self._arena = torch.empty(values, device=device)
 
     def _columns(self, sample: Sample) -> dict[str, int]:
-        """How many values a sample has in each layer, from a pass of one sample."""
+        """How many values a sample has in each layer, from a pass of two, which settles the layout as well."""
         columns: dict[str, int] = {}
-        one = [(take(inputs, 0, 1), labels[:1]) for inputs, labels in sample[:1]]
-        visit(self.model, self.layers, one, lambda layer, x, _: columns.__setitem__(layer, x[0].numel()))
+        last: set[str] = set()
+
+        def look(layer: str, x: Tensor, _: int) -> None:
+            columns[layer] = x[0].numel()
+            if not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+                last.add(layer)
+
+        # Of two: what `view` does to a single one may do for it in any layout.
+        few = [(take(inputs, 0, 2), labels[:2]) for inputs, labels in sample[:1]]
+        try:
+            visit(self.model, self.layers, few, look, self._layout)
+        except RuntimeError:  # `view` asks for channels first; whatever else it is comes again
+            self._layout = torch.preserve_format
+            last.clear()
+            visit(self.model, self.layers, few, look, self._layout)
+        self._channels_last = everyones(last)[0]  # one order of columns for all processes
         return {layer: columns[layer] for layer in self.layers}
 
     def _collect(
@@ -189,7 +207,7 @@ class LayerGrams:
         kept = {slab: part.view(samples, -1) for slab, part in zip(slabs, parts, strict=True)}
 
         def keep(layer: str, tensor: Tensor, row: int) -> None:
-            flat = tensor.flatten(1)
+            flat = (tensor.permute(0, 2, 3, 1) if layer in self._channels_last else tensor).flatten(1)
             if flat.shape[1] != columns[layer]:
                 raise ValueError(
                     f"layer {layer}: {flat.shape[1]} values a sample, {columns[layer]} in the first one: "
@@ -199,7 +217,7 @@ class LayerGrams:
                 if slab.layer == layer:
                     features[first + row : first + row + len(flat)] = flat[:, slab.start : slab.stop]
 
-        visit(self.model, dict.fromkeys(slab.layer for slab in slabs), sample, keep)
+        visit(self.model, dict.fromkeys(slab.layer for slab in slabs), sample, keep, self._layout)
         own = slabs[place()[0] :: len(counts)]
         return dict(zip(own, to_owners(list(kept.values()), counts), strict=True))
 
@@ -229,8 +247,16 @@ def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str,
     return {layer: torch.cat(rows) for layer, rows in parts.items()}
 
 
-def visit(model: nn.Module, layers: Iterable[str], sample: Sample, keep: Callable[[str, Tensor, int], None]) -> None:
+def visit(
+    model: nn.Module,
+    layers: Iterable[str],
+    sample: Sample,
+    keep: Callable[[str, Tensor, int], None],
+    layout: torch.memory_format = torch.preserve_format,
+) -> None:
     """Forward all pieces of a sample; `keep(layer, features (B, ...), row of the first)` at every layer.
+
+    Images go in with this memory layout.
 
     Raises:
         ValueError: if a layer is not called once in a pass, or has no row of features for each sample.
@@ -252,7 +278,7 @@ def visit(model: nn.Module, layers: Iterable[str], sample: Sample, keep: Callabl
     try:
         for inputs, labels in sample:
             size = len(labels)
-            call(model, to_device(inputs, device_of(model)))
+            call(model, laid_out(to_device(inputs, device_of(model)), layout))
             row += size
     finally:
         for handle in hooks:

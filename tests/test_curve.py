@@ -55,6 +55,28 @@ def test_every_point_equals_q_of_the_hooked_feature(form):
             assert curve.q[repeat, i] == pytest.approx(modularity(feature, y[part]), abs=1e-6)
 
 
+class Viewing(nn.Module):
+    """`view` here asks for channels first: of every batch, or of those with more than one image."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.body, self.whole = network(), whole
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.relu()
+        return self.body(x.view(len(x), -1).view_as(x) if self.whole else x.view(-1, *x.shape[2:]).view_as(x))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_network_that_needs_channels_first_gets_them(whole):
+    model = Viewing(whole).eval()
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        model(torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last))
+    batches = [(a.relu(), b) for a, b in loader(64)]
+    of_body = modularity_curve(model.body, batches, samples=64, repeats=1)
+    assert np.abs(modularity_curve(model, loader(64), samples=64, repeats=1).q - of_body.q).max() < 1e-6
+
+
 def test_less_memory_takes_more_passes_and_gives_the_same_numbers():
     model, passes = network(), []
     hook = model.linear.register_forward_hook(lambda *_: passes.append(1))

@@ -222,11 +222,13 @@ def difference(
 
 
 def _titles(sources: list[_Source]) -> list[str]:
-    """The network, without where it comes from; its data and weights too where that does not tell one from another."""
+    """The network, without where it comes from; where that does not tell one from another its data, weights, number."""
     titles = [Path(source.model.rpartition(":")[2]).name for source in sources]
     for more in ("data", "weights"):
         if len(set(titles)) < len(titles):
             titles = [f"{t}, {Path(str(getattr(s, more))).name}" for t, s in zip(titles, sources, strict=True)]
+    if len(set(titles)) < len(titles):
+        titles = [f"{number}: {title}" for number, title in enumerate(titles, 1)]
     return titles
 
 

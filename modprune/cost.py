@@ -153,18 +153,18 @@ def _modules_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, dict
     inputs = to_device(example_inputs, device_of(model))
     arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     for counter, count in (("fvcore", _fvcore), ("thop", _thop)):
-        # thop leaves buffers behind and unfreezes batch norms: only ever a copy
-        with (
-            warnings.catch_warnings(),
-            torch.no_grad(),
-            evaluating(copy.deepcopy(model)) as copied,
-            _visible_attention(),
-        ):
-            warnings.simplefilter("ignore")  # both import and call what their own dependencies have deprecated
-            try:
+        try:
+            # thop leaves buffers behind and unfreezes batch norms: only ever a copy
+            with (
+                warnings.catch_warnings(),
+                torch.no_grad(),
+                evaluating(copy.deepcopy(model)) as copied,
+                _visible_attention(),
+            ):
+                warnings.simplefilter("ignore")  # both import and call what their own dependencies have deprecated
                 macs = count(copied, arguments)
-            except Exception:  # tracing and hooks fail in many ways, and a cross-check must not cost the report
-                continue
+        except Exception:  # copies, tracing and hooks fail in many ways, and a cross-check must not cost the report
+            continue
         if macs.get(""):
             counts[counter] = {name: int(n) // batch_size(inputs) for name, n in macs.items()}
     return counts
@@ -237,14 +237,11 @@ def latency_by_module(
         seconds: about how long to measure.
     """
     inputs = to_device(example_inputs, device_of(model))
-    cuda = device_of(model).type == "cuda"
     running: dict[str, float] = {}
     taken: dict[str, list[float]] = {name: [] for name in ("", *names)}
 
     def clock() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return _clock(device_of(model))
 
     hooks: list[Any] = []
     for name in taken:
@@ -263,14 +260,16 @@ def latency_by_module(
 
 
 def _seconds(model: nn.Module, inputs: Any) -> float:
-    cuda = device_of(model).type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = _clock(device_of(model))
     call(model, inputs)
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return _clock(device_of(model)) - started
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextmanager

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modprune._autograd import traceable
-from modprune._inputs import evaluating, take
+from modprune._inputs import take
 from modprune.blocks import Blocks
 from modprune.bypass import bypassed
 from modprune.curve import ModularityCurve, modularity_curve, points, q_of
 from modprune.evaluate import evaluate, logits_and_labels
-from modprune.features import LayerGrams, Sample, draw, pairs, pooled
+from modprune.features import LayerGrams, drawn, pairs, pooled
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ class ModularityDrop:
         """(repeats, blocks): each repeat from samples of its own."""
         end = LayerGrams(model, blocks.names[-1:])
         values = []
-        for sample in _drawn(model, loader, self.samples, self.repeats):
+        for sample in drawn(model, loader, self.samples, self.repeats):
             (whole,) = q_of(end, sample, self.k)
             values.append([whole - q for (q,) in _without_each(model, blocks, partial(q_of, end, sample, self.k))])
         return BlockScores(blocks.names, np.array(values))
@@ -174,7 +174,7 @@ class Ablation:
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(repeats, blocks): each repeat from samples of its own."""
         values = []
-        for sample in _drawn(model, loader, self.samples, self.repeats):
+        for sample in drawn(model, loader, self.samples, self.repeats):
             whole = evaluate(model, sample).loss
             without = _without_each(model, blocks, partial(evaluate, model, sample))
             values.append([evaluation.loss - whole for evaluation in without])
@@ -196,7 +196,7 @@ class Taylor:
         weights = [p for block in blocks for p in _weights(model, block.layers)]
         owner = np.repeat(range(len(blocks)), [len(_weights(model, block.layers)) for block in blocks])
         values = []
-        for batch in _drawn(model, loader, self.samples, 1)[0]:
+        for batch in drawn(model, loader, self.samples, 1)[0]:
             with traceable(model):
                 loss = F.cross_entropy(*logits_and_labels(model, batch))
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -261,6 +261,8 @@ class Consensus:
         ranks = []
         for criterion in map(resolve, self.criteria):
             mean = criterion(model, blocks, loader).mean
+            if missing := [name for name in blocks.names if name not in mean]:
+                raise ValueError(f"{name_of(criterion)} gave no score for block {missing[0]}")
             _, rank = np.unique([mean[name] for name in blocks.names], return_inverse=True)
             ranks.append(rank / max(1, rank.max()))
         return BlockScores(blocks.names, np.array(ranks))
@@ -348,9 +350,9 @@ def _along_points(
     accuracy: Callable[[np.ndarray, np.ndarray], float],
 ) -> BlockScores:
     """What `accuracy(features (N, C), labels (N,))` gains from each point to the next."""
-    drawn = _drawn(model, loader, samples, repeats)
-    layers, values = points(model, blocks, take(drawn[0][0][0], 0, 1)), []
-    for sample in drawn:
+    drawn_samples = drawn(model, loader, samples, repeats)
+    layers, values = points(model, blocks, take(drawn_samples[0][0][0], 0, 1)), []
+    for sample in drawn_samples:
         labels = torch.cat([labels for _, labels in sample]).cpu().numpy()
         features = pooled(model, layers, sample)
         values.append([accuracy(features[layer].numpy(), labels) for layer in layers])
@@ -362,12 +364,6 @@ def _without_each(model: nn.Module, blocks: Blocks, measure: Callable[[], T]) ->
     for block in blocks:
         with bypassed(model, block.name, block.kind, block.outputs):
             yield measure()
-
-
-def _drawn(model: nn.Module, loader: Iterable[Any], samples: int, repeats: int) -> list[Sample]:
-    """`draw`, with torch's RNG as it was before."""
-    with evaluating(model):
-        return list(draw(loader, samples, repeats))
 
 
 def _held_out(classifier: Any, features: np.ndarray, labels: np.ndarray) -> float:

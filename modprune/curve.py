@@ -16,7 +16,7 @@ from modprune._files import write_text
 from modprune._inputs import batch_size, call, device_of, evaluating, first_sample, first_tensor, to_device
 from modprune.blocks import Blocks, find_blocks
 from modprune.features import GIB, LayerGrams, Sample, draw, labels_of
-from modprune.graph import WHOLE, check_k, feature_graph_from_gram, graph_modularity
+from modprune.graph import WHOLE, check_k, check_labels, feature_graph_from_gram, graph_modularity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,8 +130,6 @@ def modularity_curve(
     check_k(k, samples)
     if samples > WHOLE:
         raise ValueError(f"samples={samples}: at most {WHOLE} a repeat; use more repeats")
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: at least 1 is needed")
     with evaluating(model):
         if layers is None:
             if example_inputs is None:
@@ -196,7 +194,8 @@ def q_of(grams: LayerGrams, sample: Sample, k: int) -> list[float]:
 
 
 def check_classes(labels: Tensor) -> None:
-    """Raises ValueError unless there are two classes at least, and two samples of one of them."""
+    """Raises ValueError unless labels are integers of two classes at least, with two samples of one of them."""
+    check_labels(labels, len(labels))
     classes = len(labels.unique())
     if classes < 2:
         raise ValueError(f"all {len(labels)} samples are of one class, so nothing parts: shuffle the loader")

@@ -172,10 +172,11 @@ class ImageLoader:
         if self.shuffle:
             order = torch.randperm(len(self.data), generator=_generator(self.seed, self.epoch, 0))
         crops = self._crops() if self.pad is not None else None
-        for index in self._share(order).to(self.device).split(self.batch_size)[: len(self)]:
+        for number, index in enumerate(self._share(order).to(self.device).split(self.batch_size)[: len(self)], 1):
             images = self._padded[index] if crops is None else _crop(self._padded, index, crops[index], self.data)
+            if number == len(self):
+                self.epoch += 1  # with its last batch: some who know how many there are ask for no more
             yield images * self._scale + self._shift, self._labels[index], index
-        self.epoch += 1
 
     def _crops(self) -> Tensor:
         """(N, 3) int64 of this epoch: row and column of the crop, and whether it is flipped."""

@@ -59,8 +59,11 @@ def draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
     sample tells), as if there were one process.
 
     Raises:
-        ValueError: if the loader holds fewer than `samples`, or gives no labels.
+        ValueError: if the loader holds fewer than `samples`, or gives no labels; for less than one of either.
     """
+    for name, value in (("samples", samples), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: at least 1 is needed")
     rank, processes = place()
     if processes == 1:
         return _draw(loader, samples, repeats)
@@ -74,10 +77,16 @@ def draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
     return (_part(sample, share) for sample in _draw(loader, samples, repeats))
 
 
+def drawn(model: nn.Module, loader: Iterable[Any], samples: int, repeats: int) -> list[Sample]:
+    """All that `draw` gives, with torch's RNG as it was: a loader that shuffles draws from it."""
+    with evaluating(model):
+        return list(draw(loader, samples, repeats))
+
+
 def labels_of(sample: Sample) -> Tensor:
     """(N,): the labels of a sample, from all processes."""
     labels = torch.cat([labels for _, labels in sample])
-    return torch.cat([part.to(labels.device) for part in everyones(labels)])
+    return torch.cat(everyones(labels.cpu())).to(labels.device)
 
 
 def _part(sample: Sample, part: slice) -> Sample:
@@ -148,23 +157,23 @@ class LayerGrams:
         """
         counts = everyones(sum(len(labels) for _, labels in sample))
         samples = sum(counts)
-        with evaluating(self.model), torch.no_grad():
-            columns = self._columns(sample)
-            passes = list(_passes(columns, samples, self.budget))
-            # Of the largest pass: one that grew from pass to pass would be there twice meanwhile.
-            self._reserve(samples * max(sum(slab.width for slab in slabs) for slabs in passes))
-            gram: Tensor | None = None
-            for slabs in passes:
-                features = self._collect(sample, slabs, columns, counts)
-                for slab in slabs:
-                    if slab in features:
-                        products = inner_products(features[slab])
-                        gram = products if gram is None else gram.add_(products)
-                    if slab.stop == columns[slab.layer]:
-                        gram = total(self._arena.new_zeros(samples, samples) if gram is None else gram)
-                        check_finite(gram.diagonal(), where=f"layer {slab.layer}: ")
-                        yield slab.layer, gram
-                        gram = None
+        columns = self._columns(sample)
+        passes = list(_passes(columns, samples, self.budget))
+        # Of the largest pass: one that grew from pass to pass would be there twice meanwhile.
+        self._reserve(samples * max(sum(slab.width for slab in slabs) for slabs in passes))
+        gram: Tensor | None = None
+        for slabs in passes:
+            features = self._collect(sample, slabs, columns, counts)
+            for slab in slabs:
+                if slab in features:
+                    products = inner_products(features[slab])
+                    gram = products if gram is None else gram.add_(products)
+                if slab.stop == columns[slab.layer]:
+                    gram = total(self._arena.new_zeros(samples, samples) if gram is None else gram)
+                    check_finite(gram.diagonal(), where=f"layer {slab.layer}: ")
+                    # In no context of ours: whoever stops reading here would be left in it.
+                    yield slab.layer, gram
+                    gram = None
 
     def _reserve(self, values: int) -> None:
         """An arena of so many values at least, on the model's device."""
@@ -242,8 +251,7 @@ def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str,
             features = features.flatten(1, -2).mean(1) if last else features.flatten(2).mean(2)
         parts[layer].append(features.float().cpu())
 
-    with evaluating(model), torch.no_grad():
-        visit(model, layers, sample, keep)
+    visit(model, layers, sample, keep)
     return {layer: torch.cat(rows) for layer, rows in parts.items()}
 
 
@@ -256,7 +264,7 @@ def visit(
 ) -> None:
     """Forward all pieces of a sample; `keep(layer, features (B, ...), row of the first)` at every layer.
 
-    Images go in with this memory layout.
+    In eval mode, without gradients; the model is left as found. Images go in with this memory layout.
 
     Raises:
         ValueError: if a layer is not called once in a pass, or has no row of features for each sample.
@@ -276,10 +284,11 @@ def visit(
         for layer in seen
     ]
     try:
-        for inputs, labels in sample:
-            size = len(labels)
-            call(model, laid_out(to_device(inputs, device_of(model)), layout))
-            row += size
+        with evaluating(model), torch.no_grad():
+            for inputs, labels in sample:
+                size = len(labels)
+                call(model, laid_out(to_device(inputs, device_of(model)), layout))
+                row += size
     finally:
         for handle in hooks:
             handle.remove()

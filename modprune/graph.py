@@ -162,7 +162,7 @@ def _inverse(norms: Tensor) -> Tensor:
 def inner_products(rows: Tensor) -> Tensor:
     """`rows @ rows.T`; on the CPU panel by panel, each without the rows that an earlier one has given."""
     if rows.device.type != "cpu":
-        return rows @ rows.T
+        return _product(rows, rows)
     products = rows.new_empty(len(rows), len(rows))
     for start in range(0, len(rows), PANEL):
         stop = start + PANEL
@@ -177,7 +177,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     plain = left.device.type == "cpu" and left.dtype == torch.float32 and left.is_contiguous()
     if plain and right.is_contiguous() and torch.backends.mkldnn.is_available():  # with strides, it takes minutes
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-    return left @ right.T
+    with torch.autocast(left.device.type, enabled=False):  # of half precision's cosines too many are equal
+        return left @ right.T
 
 
 def _nearest(gram: Tensor, inverse: Tensor, k: int, start: int = 0) -> FeatureGraph:

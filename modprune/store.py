@@ -24,7 +24,7 @@ from modprune.surgery import removed_blocks
 from modprune.width import narrowed_layers, resize
 
 FORMAT = 1
-_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
+_PREFIX = re.compile(r"^(module|_orig_mod)\.")
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -115,7 +115,9 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{path}: holds no state dict (names with tensors); save model.state_dict() to it")
-    tensors = {_PREFIXES.sub("", str(name)): tensor for name, tensor in state.items() if name != "n_averaged"}
+    tensors = {str(name): tensor for name, tensor in state.items() if name != "n_averaged"}
+    while not tensors.keys() <= model.state_dict().keys() and any(map(_PREFIX.match, tensors)):
+        tensors = {_PREFIX.sub("", name): tensor for name, tensor in tensors.items()}
     counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked") and k not in tensors}
     tensors |= counters  # older checkpoints have none
     _check_fit(path, model, tensors)
@@ -196,7 +198,7 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _check_fit(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    mine = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    mine = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     other = {name: tuple(t.shape) for name, t in tensors.items()}
     if mine == other:
         return

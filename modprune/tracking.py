@@ -23,7 +23,7 @@ def trackers(names: Sequence[str], folder: Path, arguments: Mapping[str, Any]) -
 
     Args:
         names: as accelerate has them: "tensorboard" (the extra `modprune[tensorboard]`), "wandb", "mlflow", ...
-        folder: of the run; trackers that write files write them below it.
+        folder: of the run; trackers that take a folder for their files (tensorboard) write below it.
         arguments: of the run, kept with it by trackers that can.
 
     Raises:

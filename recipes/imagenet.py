@@ -127,6 +127,7 @@ def main(arguments: argparse.Namespace) -> None:
     before = json.loads(counted_file.read_text()) if arguments.resume and counted_file.exists() else counted
     if before != counted:
         raise ValueError(f"--resume: the run in {arguments.out} has {before}, this one {counted}: start it as that was")
+    accelerator.wait_for_everyone()  # to have read it
     if accelerator.is_main_process:
         counted_file.write_text(json.dumps(counted) + "\n")
     first, begun = load_newest(accelerator, checkpoints) if arguments.resume else (0, 0)

@@ -30,6 +30,8 @@ def main(arguments: argparse.Namespace) -> None:
     """Prune, train what is left, save."""
     processes, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)  # NCCL sends Python objects over the current one
     if processes > 1:
         init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(arguments.seed)

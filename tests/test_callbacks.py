@@ -40,11 +40,11 @@ class Classifier(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)]
 
 
-def train(callback: pl.Callback, epochs: int = 4) -> tuple[Classifier, pl.Trainer]:
+def train(callback: pl.Callback, epochs: int = 4, **options: int) -> tuple[Classifier, pl.Trainer]:
     module = Classifier()
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[callback],
+        enable_model_summary=False, callbacks=[callback], **options,
     )  # fmt: skip
     trainer.fit(module, DataLoader(TensorDataset(DATA.images / 255, DATA.labels), 64))
     return module, trainer
@@ -73,6 +73,26 @@ def test_lightning_prunes_at_a_step_by_modularity():
     assert module.sizes[:5] == [269722] * 5
     assert len(set(module.sizes[5:])) == 1
     assert module.sizes[5] < 269722
+
+
+def test_lightning_counts_steps_of_the_optimizer():
+    asked: list[int] = []
+    due = lambda count, _: asked.append(count) or count == 2  # noqa: E731
+    callback = LightningCallback(
+        network="network", every="step", at=due, shares=(0.5, 1), blocks=2, criterion="l1_norm"
+    )
+    train(callback, epochs=2, accumulate_grad_batches=2)
+    assert asked == [1, 2, 3, 4]
+    assert len(callback.pruning.plans) == 1
+
+
+def test_transformers_counts_whole_epochs():
+    asked: list[int] = []
+    callback = TransformersCallback(at=(1,), blocks=1)
+    callback.pruning = lambda count, _: asked.append(count)
+    for epoch in (0.9999999999, 1.6, 2.0):
+        callback.on_epoch_end(None, SimpleNamespace(epoch=epoch), None, optimizer=None)
+    assert asked == [1, 1, 2]
 
 
 def test_transformers_prunes_and_goes_on_learning(tmp_path):

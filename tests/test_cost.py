@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 
@@ -188,3 +189,9 @@ def test_time_is_told_apart_by_module_and_leaves_no_hook():
 def test_a_larger_network_takes_longer():
     times = latency({"small": resnet20(), "large": resnet56()}, torch.zeros(1, 3, 32, 32), seconds=0.5)
     assert times["large"] > times["small"] > 0
+
+
+def test_a_model_that_cannot_be_copied_is_counted_all_the_same():
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.lock = threading.Lock()
+    assert macs_by_counter(model, torch.zeros(1, 3)) == {"modprune": 6}

@@ -310,3 +310,15 @@ def test_classifiers_with_dicts_can_be_ablated():
     batch = inputs | {"labels": torch.tensor([0, 1])}
     for criterion in (Ablation(samples=2), Taylor(samples=2)):
         assert criterion(model, blocks, [batch]).values.shape == (1, len(blocks))
+
+
+def test_a_criterion_that_leaves_a_block_out_is_named():
+    def half(model, blocks, loader):
+        return BlockScores(blocks.names[1:], np.ones((1, len(blocks) - 1)))
+
+    model = resnet20()
+    blocks = find_blocks(model, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"half gave no score for block layer1\.0"):
+        Consensus(("random", half))(model, blocks, LABELLED)
+    with pytest.raises(ValueError, match="repeats=0: at least 1 is needed"):
+        Ablation(repeats=0)(model, blocks, LABELLED)

@@ -187,3 +187,24 @@ def test_q_rises_along_the_public_resnet20(cifar10_dir, checkpoint):
     curve = modularity_curve(model, ImageLoader(cifar10(cifar10_dir, True), 100, shuffle=True), samples=200, repeats=2)
     assert curve.mean[-1] > 0.7
     assert curve.mean[-1] > curve.mean[3] + 0.3
+
+
+def test_who_stops_reading_is_in_nobodys_context():
+    model = network()
+    (sample,) = draw(loader(64), 64, 1)
+    grams = LayerGrams(model, ("conv1", "layer1.0"))(sample)
+    next(grams)
+    assert torch.is_grad_enabled()
+    assert model.training
+    torch.manual_seed(5)
+    found = torch.get_rng_state()
+    grams.close()
+    assert torch.equal(torch.get_rng_state(), found)
+
+
+def test_labels_that_are_no_classes_are_named_before_the_pass():
+    model, passes = network(), []
+    model.linear.register_forward_hook(lambda *_: passes.append(1))
+    with pytest.raises(ValueError, match=r"labels of type torch.float32: integers"):
+        modularity_curve(model, [(x, y.float()) for x, y in loader(64)], samples=64, repeats=1, layers=("conv1",))
+    assert not passes

@@ -90,3 +90,14 @@ def test_digits_are_split_once():
     scaled = train.images[:, 0].float() / 255
     assert scaled.mean().item() == pytest.approx(train.mean[0], abs=0.01)
     assert scaled.std().item() == pytest.approx(train.std[0], abs=0.01)
+
+
+def test_an_epoch_ends_with_its_last_batch_for_those_who_count_them():
+    loader = ImageLoader(images(), 8, pad=2, shuffle=True)
+    first = next(iter(loader))[2]  # a look costs no epoch
+    epochs = []
+    for _ in range(3):
+        batches = iter(loader)
+        epochs.append(torch.cat([next(batches)[2] for _ in range(len(loader))]).tolist())
+    assert epochs[0][:8] == first.tolist()
+    assert len({tuple(epoch) for epoch in epochs}) == 3

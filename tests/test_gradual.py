@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from modprune import GradualPruning, Settled, count_macs, count_params, cubic
-from modprune.criteria import BlockScores
+from modprune.criteria import BlockScores, Modularity
 from modprune.data import ImageLoader, digits
 from modprune.models import resnet20, resnet32
 
@@ -160,3 +161,12 @@ def test_settled_means_that_no_point_has_moved():
 def test_arguments_are_checked_at_once(arguments, message):
     with pytest.raises(ValueError, match=message):
         GradualPruning(resnet20(), loader(), **arguments)
+
+
+def test_the_loop_goes_on_where_its_workers_persist():
+    data = digits(True)
+    rows = TensorDataset(data.images[:128] / 255, data.labels[:128])
+    batches = DataLoader(rows, 16, num_workers=1, persistent_workers=True)
+    prune = GradualPruning(resnet20(), batches, Modularity(samples=32, repeats=1), at=(2, 4), shares=(0.5, 1), blocks=2)
+    seen = [prune(count) is not None for count, _ in enumerate(batches, 1)]
+    assert seen == [False, True, False, True, False, False, False, False]

@@ -140,3 +140,12 @@ def test_row_blocks_gram_layouts_and_types_agree(monkeypatch):
 def test_errors_name_what_is_wrong(features, labels, k, message):
     with pytest.raises(ValueError, match=message):
         modularity(features, labels, k)
+
+
+def test_autocast_does_not_coarsen_the_cosines():
+    features, labels = data(0, 300, 64, "relu").T.contiguous().T, some_labels(0, 300, 4)
+    assert not features.is_contiguous()  # others go by kernels that autocast does not know
+    plain = modularity(features, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (features @ features.T).dtype == torch.bfloat16
+        assert modularity(features, labels) == plain

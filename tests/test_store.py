@@ -198,3 +198,29 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot be written .*give a folder that can"):
         save(resnet20(), tmp_path / "file" / "a.safetensors")
+
+
+def test_names_are_taken_as_they_are_where_they_fit(tmp_path):
+    class Holder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = torch.nn.Linear(2, 2)
+
+    first, second = Holder(), Holder()
+    for state in (first.state_dict(), torch.nn.DataParallel(first).state_dict()):
+        torch.save(state, tmp_path / "w.pt")
+        assert torch.equal(load_weights(second, tmp_path / "w.pt").module.weight, first.module.weight)
+        torch.nn.init.zeros_(second.module.weight)
+
+
+def test_a_network_with_extra_state_takes_plain_weights(tmp_path):
+    class Noted(torch.nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"seen": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            assert state == {"seen": 3}
+
+    plain = torch.nn.Linear(2, 2)
+    torch.save(plain.state_dict(), tmp_path / "w.pt")
+    assert torch.equal(load_weights(Noted(2, 2), tmp_path / "w.pt").weight, plain.weight)

@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from modprune import finetune, modularity_curve, studies
-from modprune._studies_cli import ATTACK_NAMES
+from modprune._studies_cli import ATTACK_NAMES, _titles
 from modprune.data import ImageLoader, digits
 from modprune.graph import feature_graph
 from modprune.models import resnet20
@@ -275,3 +276,61 @@ def test_q_of_a_study_is_that_of_networkx(network):
     expected = networkx_q(feature_graph(features(network, "layer3"), 3), labels)
     numbers = studies.difference(network, calibration(), samples=100).numbers
     assert numbers["q"][-1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_resumed_cuts_are_measured_on_the_same_images(network):
+    """Where there are fewer than samples x repeats, a loader that shuffles gives others each time."""
+
+    def cuts(parts: Parts) -> list:
+        few = ImageLoader(digits(train=True).subset(torch.arange(150)), 50, shuffle=True)
+        return studies.plateaus(network, few, train(), cuts=(1, 2), parts=parts, **SMALL).numbers["cuts"]
+
+    whole, resumed = Parts(), Parts()
+    expected = cuts(whole)
+    resumed.known = {name: value for name, value in whole.known.items() if name != "cut 2"}
+    assert cuts(resumed) == expected
+
+
+def test_what_a_paragraph_says_was_measured(network):
+    cell = studies.ablation(network, calibration(), ks=(3,), sizes=(50,)).text
+    assert "nan" not in cell
+    assert "Spearman" not in cell
+    recorder = CurveRecorder(network, calibration(), samples=50)
+    recorder(1)
+    with pytest.raises(ValueError, match="1 epochs recorded: a study of their course needs at least 2"):
+        recorder.study()
+    recorder(2)
+    assert "after epochs 1 to 2" in recorder.study().text
+
+
+def test_a_layer_without_edges_is_drawn(network):
+    dead = copy.deepcopy(network)
+    nn.init.zeros_(dead.layer1[0].bn2.weight)
+    nn.init.zeros_(dead.layer1[0].bn2.bias)
+    nn.init.zeros_(dead.conv1.weight)
+    nn.init.constant_(dead.bn1.bias, -1.0)
+    with pytest.warns(RuntimeWarning, match="no edge"):
+        rows = studies.separation(dead, calibration(), samples=50).numbers["layers"]
+    assert rows[1]["edges"] == []
+
+
+def test_as_many_classes_as_fooled_images_are_too_few_for_a_graph(network, monkeypatch):
+    def turns_one_of_each_class(classify, images, labels):
+        first = torch.tensor([int((labels == label).nonzero()[0]) for label in labels.unique()])
+        hit = images.clone()
+        hit[first] = torch.rand(images[first].shape, generator=torch.Generator().manual_seed(0))
+        return hit
+
+    monkeypatch.setitem(ATTACKS, "one", turns_one_of_each_class)
+    data = digits(train=False)
+    study = studies.attacks(network, held_out(), mean=data.mean, std=data.std, names=("one",), k=1, samples=100)
+    (row,) = study.numbers["attacks"]
+    assert row["fooled"] > 1
+    assert "too few for a graph" in study.text
+
+
+def test_networks_of_the_same_file_name_are_told_apart():
+    sources = [
+        SimpleNamespace(model="resnet20", data="digits", weights=f"runs/{run}/model.safetensors") for run in "ab"
+    ]
+    assert _titles(sources) == [f"{n}: resnet20, digits, model.safetensors" for n in (1, 2)]

@@ -39,6 +39,7 @@ class PruningCallback(Callback):
             raise ValueError(f"every={every!r}: 'epoch' or 'step' is needed")
         self.loader, self.network, self.every, self.options = loader, network, every, options
         self.pruning: GradualPruning | None = None
+        self.step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook: look at the network."""
@@ -48,11 +49,13 @@ class PruningCallback(Callback):
             )
         loader: Any = trainer.train_dataloader if self.loader is None else self.loader
         self.pruning = GradualPruning(pl_module.get_submodule(self.network), loader, **self.options)
+        self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Lightning's hook: prune if it is due by the step."""
-        if self.every == "step" and self.pruning is not None:
-            self.pruning(trainer.global_step, *trainer.optimizers)
+        if self.every == "step" and self.pruning is not None and trainer.global_step > self.step:
+            self.step = trainer.global_step  # several batches may make one
+            self.pruning(self.step, *trainer.optimizers)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook: prune if it is due by the epoch."""

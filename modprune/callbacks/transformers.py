@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,4 +55,5 @@ class PruningCallback(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """The Trainer's hook: prune if it is due by the epoch."""
         if self.every == "epoch" and self.pruning is not None:
-            self.pruning(round(state.epoch or 0), given["optimizer"])
+            # A whole one may lack a rounding error; the last one may be a part, which is none.
+            self.pruning(math.floor((state.epoch or 0) + 1e-6), given["optimizer"])

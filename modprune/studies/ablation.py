@@ -103,16 +103,19 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
 def tell(numbers: Mapping[str, Any]) -> str:
     """What was measured, in words."""
     cells, correlation = numbers["cells"], np.array(numbers["rank_correlation"])
-    least = np.unravel_index(correlation.argmin(), correlation.shape)
-    a, b = (f"k = {cells[i]['k']}, N = {cells[i]['samples']}" for i in least)
     ks, sizes = sorted({cell["k"] for cell in cells}), sorted({cell["samples"] for cell in cells})
-    return (
-        f"Curves of {len(numbers['layers'])} points for k in {ks} and N in {sizes}. The rank correlation (Spearman) of "
-        f"two curves is {correlation[np.triu_indices(len(cells), 1)].mean():.3f} in the mean and "
-        f"{correlation.min():.3f} at the least ({a} against {b}). The largest spread between draws falls from "
-        f"{_spread(cells, sizes[0]):.4f} at N = {sizes[0]} to {_spread(cells, sizes[-2 if len(sizes) > 1 else 0]):.4f} "
-        f"at N = {sizes[-2 if len(sizes) > 1 else 0]}."
-    )
+    text = f"Curves of {len(numbers['layers'])} points for k in {ks} and N in {sizes}."
+    if len(cells) > 1:
+        least = np.unravel_index(correlation.argmin(), correlation.shape)
+        a, b = (f"k = {cells[i]['k']}, N = {cells[i]['samples']}" for i in least)
+        text += (
+            " The rank correlation (Spearman) of two curves is "
+            f"{correlation[np.triu_indices(len(cells), 1)].mean():.3f} in the mean and "
+            f"{correlation.min():.3f} at the least ({a} against {b})."
+        )
+    several = [n for n in sizes if any(len(cell["q"]) > 1 for cell in cells if cell["samples"] == n)]
+    spreads = [f"{_spread(cells, n):.4f} at N = {n}" for n in dict.fromkeys([*several[:1], *several[-1:]])]
+    return text + (f" The largest spread between draws is {' and '.join(spreads)}." if spreads else "")
 
 
 def _spread(cells: Sequence[Mapping[str, Any]], n: int) -> float:

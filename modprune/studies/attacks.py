@@ -80,7 +80,7 @@ def attacks(
                 "fooled": int(wrong.sum()),
                 "distance": float((hit - images)[wrong].flatten(1).norm(dim=1).mean()) if wrong.any() else 0.0,
             }
-            if len(labels[wrong].unique()) > 1 and int(wrong.sum()) > k:
+            if int(wrong.sum()) > k and 1 < len(labels[wrong].unique()) < int(wrong.sum()):
                 for kind, x in (("q", hit), ("clean", images)):
                     row[kind] = q_of(grams, batches_of(x[wrong], labels[wrong]), k)
             return row

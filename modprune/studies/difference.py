@@ -18,7 +18,7 @@ from modprune.blocks import find_blocks
 from modprune.curve import check_classes
 from modprune.features import GIB, LayerGrams, Sample, labels_of
 from modprune.features import draw as draw_samples
-from modprune.graph import feature_graph_from_gram, graph_modularity
+from modprune.graph import feature_graph_from_gram, graph_modularity, inner_products
 from modprune.studies.layers import in_order, layers_of, weight_layers
 from modprune.studies.study import INKS, Parts, Study, panels, style
 
@@ -77,8 +77,7 @@ def _repeat(grams: LayerGrams, sample: Sample, k: int) -> dict[str, Any]:
     for _, gram in tqdm(grams(sample), "layers", len(grams.layers), leave=False):
         centred.append(_centred(gram).flatten())
         q.append(graph_modularity(feature_graph_from_gram(gram, k), labels))
-    rows = torch.stack(centred)
-    return {"q": q, "cka": (rows @ rows.T).tolist()}
+    return {"q": q, "cka": inner_products(torch.stack(centred)).tolist()}
 
 
 def _centred(gram: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from modprune._inputs import first_sample
 from modprune.blocks import find_blocks
 from modprune.curve import ModularityCurve, modularity_curve
+from modprune.features import drawn
 from modprune.studies.layers import layers_of
 from modprune.studies.recovery import cut, recover
 from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, rank_correlation, style
@@ -49,8 +50,9 @@ def plateaus(
     """
     parts, example = parts or Parts(), first_sample(loader)
     layers = layers_of(model, example)
+    images = [piece for sample in drawn(model, loader, samples, repeats) for piece in sample]  # the same for all cuts
     whole = np.array(
-        parts("whole", lambda: modularity_curve(model, loader, k, samples, repeats, layers=layers).q.tolist())
+        parts("whole", lambda: modularity_curve(model, images, k, samples, repeats, layers=layers).q.tolist())
     )
     order = by_gain(ModularityCurve(layers, whole), find_blocks(model, example).names)
     if not 0 < min(cuts) <= max(cuts) < len(order):
@@ -60,7 +62,7 @@ def plateaus(
         pruned = cut(model, order[:count], example)
         recover(pruned, train_loader, model, epochs, lr)
         stay = [layer for layer in layers if layer not in order[:count]]
-        q = modularity_curve(pruned, loader, k, samples, repeats, layers=stay).q
+        q = modularity_curve(pruned, images, k, samples, repeats, layers=stay).q
         return {"removed": order[:count], "layers": stay, "q": q.tolist()}
 
     bar = tqdm(sorted(cuts), "cuts", leave=False)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from modprune._inputs import ONCE, call, device_of, split_batch, to_device
+from modprune.data import set_epoch
 from modprune.finetune import finetune
 from modprune.plan import PruningPlan
 
@@ -33,6 +34,7 @@ def recover(pruned: nn.Module, loader: Iterable[Any], teacher: nn.Module, epochs
         # A whole epoch of rising rate, as long trainings have it, would be all of a short one.
         finetune(pruned, loader, teacher=teacher, epochs=epochs, lr=lr, warmup=min(1.0, epochs / 10))
         return
+    set_epoch(loader, 0)  # the same images after every cut
     device = device_of(pruned)
     batches = [to_device(split_batch(batch)[0], device) for batch in islice(loader, BATCHES)]
     if not batches:  # the old statistics would be gone, with nothing in their place

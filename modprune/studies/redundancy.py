@@ -13,6 +13,7 @@ from modprune._inputs import first_sample
 from modprune.blocks import find_blocks
 from modprune.curve import modularity_curve
 from modprune.evaluate import evaluate
+from modprune.features import drawn
 from modprune.studies.layers import layers_of
 from modprune.studies.plateaus import by_gain
 from modprune.studies.recovery import cut, recover
@@ -55,7 +56,8 @@ def redundancy(
     """
     parts, example = parts or Parts(), first_sample(loader)
     layers = layers_of(model, example)
-    curve = modularity_curve(model, loader, k, samples, repeats, layers=layers)
+    images = [piece for sample in drawn(model, loader, samples, repeats) for piece in sample]  # the same for all cuts
+    curve = modularity_curve(model, images, k, samples, repeats, layers=layers)
     order = by_gain(curve, find_blocks(model, example).names)
     if not 0 < 2 * cuts <= len(order):
         raise ValueError(f"cuts={cuts}: of {len(order)} blocks, from 1 to {len(order) // 2} can be cut at either end")
@@ -64,7 +66,7 @@ def redundancy(
 
     def state(pruned: nn.Module) -> dict[str, float]:
         # A removed block leaves a pass-through under its name, so the last layer is always there.
-        q = modularity_curve(pruned, loader, k, samples, repeats, layers=layers[-1:]).mean[-1]
+        q = modularity_curve(pruned, images, k, samples, repeats, layers=layers[-1:]).mean[-1]
         return {"q": float(q), "top1": evaluate(pruned, val_loader).top1}
 
     def measured(remove: list[str]) -> dict[str, Any]:

@@ -113,8 +113,9 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
         figure, axes = panels(len(rows) + 1, 4, 1.7)
         for ax, row in zip(axes, rows, strict=False):
             at, graph = np.array(row["at"]), networkx.Graph(row["edges"])
-            edges = networkx.draw_networkx_edges(graph, at, ax=ax, width=0.25, edge_color="0.75")
-            edges.set_rasterized(True)  # thousands of them would be most of the SVG file
+            if row["edges"]:
+                edges = networkx.draw_networkx_edges(graph, at, ax=ax, width=0.25, edge_color="0.75")
+                edges.set_rasterized(True)  # thousands of them would be most of the SVG file
             for n, label in enumerate(np.unique(labels)):
                 mine = at[labels == label]
                 ink, marker = f"C{n % 10}", MARKERS[n % len(MARKERS)]

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from modprune._inputs import evaluating, take
+from modprune._inputs import take
 from modprune.curve import ModularityCurve, q_of
-from modprune.features import LayerGrams
-from modprune.features import draw as draw_samples
+from modprune.features import LayerGrams, drawn
 from modprune.finetune import Epoch, finetune
 from modprune.studies.layers import layers_of
 from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, style
@@ -52,8 +51,7 @@ class CurveRecorder:
         layers: Sequence[str] | None = None,
     ) -> None:
         self.k, self.rows = k, list[dict[str, Any]]()
-        with evaluating(model):  # a loader that shuffles draws from torch's RNG
-            self._samples = list(draw_samples(loader, samples, repeats))
+        self._samples = drawn(model, loader, samples, repeats)
         self.layers = tuple(layers or layers_of(model, take(self._samples[0][0][0], 0, 1)))
         self._grams = LayerGrams(model, self.layers)
 
@@ -65,7 +63,13 @@ class CurveRecorder:
         return curve
 
     def study(self) -> Study:
-        """What has been recorded, as a study."""
+        """What has been recorded, as a study.
+
+        Raises:
+            ValueError: for fewer than two epochs.
+        """
+        if len(self.rows) < 2:
+            raise ValueError(f"{len(self.rows)} epochs recorded: a study of their course needs at least 2")
         numbers = {"k": self.k, "layers": list(self.layers), "epochs": self.rows}
         return Study("training", numbers, draw(numbers), tell(numbers))
 
@@ -137,8 +141,10 @@ def tell(numbers: Mapping[str, Any]) -> str:
     """What was measured, in words."""
     layers, rows = numbers["layers"], numbers["epochs"]
     q = np.array([row["q"] for row in rows])
+    first, last = rows[0]["epoch"], rows[-1]["epoch"]
+    when = f"after epochs {first} to {last}" if first else f"before training and after each of {last} epochs"
     text = (
-        f"Q at {len(layers)} points before training and after each of {rows[-1]['epoch']} epochs, k = {numbers['k']}. "
+        f"Q at {len(layers)} points {when}, k = {numbers['k']}. "
         f"First point {q[0, 0]:.3f} to {q[-1, 0]:.3f}, last point {q[0, -1]:.3f} to {q[-1, -1]:.3f}"
     )
     text += f", Top-1 {rows[-1]['top1']:.2f} % at the end." if "top1" in rows[-1] else "."

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -65,22 +66,16 @@ def prune(weights: Path, out: Path, *more: object) -> list[object]:
 
 
 def test_help_names_every_command_and_option():
-    text = in_process("--help").output
-    for command in ("blocks", "curve", "plan", "prune", "evaluate"):
-        assert command in text
-    text = in_process("prune", "--help").output
-    for option in (
-        "--model",
-        "--weights",
-        "--data",
-        "--data-dir",
-        "--flops",
-        "--params",
-        "--epochs",
-        "--out",
-        "--resume",
-    ):
-        assert option in text
+    whole = typer.main.get_command(app)
+    assert sorted(whole.commands) == ["blocks", "curve", "evaluate", "plan", "prune", "study"]
+    for group, words in ((whole, ()), (whole.commands["study"], ("study",))):
+        text = in_process(*words, "--help").output
+        for name, command in group.commands.items():
+            assert name in text
+            options = [option for option in command.params if option.name != "help"]
+            assert all(option.help for option in options), name
+            page = in_process(*words, name, "--help").output
+            assert [word for option in options for word in option.opts if word not in page] == []
 
 
 def test_blocks_curve_and_plan_write_json(weights, tmp_path):

@@ -172,13 +172,17 @@ def test_one_class_nan_and_missing_labels_are_errors():
 
 
 def test_plateaus_and_degradations_are_gains_within_and_below_the_noise():
-    q = np.array([[0.1, 0.3, 0.31, 0.2, 0.4], [0.1, 0.32, 0.31, 0.22, 0.4]])
-    curve = ModularityCurve(tuple("abcde"), q)
-    assert curve.gain == pytest.approx([0.21, 0, -0.1, 0.19])
-    assert curve.plateaus() == ("c",)
+    gains = np.array([0.21, 0.019, -0.021, 0.021, -0.019])
+    spread = 0.01 * np.array([1, -1, 1, -1, 1])  # the gains of two repeats differ by 0.02: a standard error of 0.01
+    q = np.cumsum([[0.1, *gains + spread], [0.1, *gains - spread]], axis=1)
+    curve = ModularityCurve(tuple("abcdef"), q)
+    assert curve.gain == pytest.approx(gains)
+    assert curve.noise == pytest.approx([0.02] * 5)
+    assert curve.std == pytest.approx(q.std(0, ddof=1))
+    assert curve.plateaus() == ("c", "f")
     assert curve.degradations() == ("d",)
     data = json.loads(curve.to_json())
-    assert data["layers"] == list("abcde")
+    assert data["layers"] == list("abcdef")
     assert np.array(data["q"]) == pytest.approx(q)
 
 

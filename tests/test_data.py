@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from modprune.data import ImageData, ImageLoader, cifar10, digits
+from modprune.data import ImageData, ImageLoader, cifar10, cifar100, digits
 
 
 def images(count: int = 20, size: int = 8) -> ImageData:
@@ -50,10 +51,29 @@ def test_training_drops_the_last_batch_and_testing_keeps_it():
 
 
 def test_cifar10_is_torchvisions(cifar10_dir):
-    data, reference = cifar10(cifar10_dir, train=False), CIFAR10(str(cifar10_dir), train=False)
-    assert data.images.shape == (10_000, 3, 32, 32)
-    assert data.labels.tolist() == reference.targets
-    assert torch.equal(data.images[7], TF.pil_to_tensor(reference[7][0]))
+    for train, count in ((True, 50_000), (False, 10_000)):
+        data, reference = cifar10(cifar10_dir, train), CIFAR10(str(cifar10_dir), train)
+        assert data.images.shape == (count, 3, 32, 32)
+        assert data.labels.tolist() == reference.targets
+        assert torch.equal(data.images, torch.from_numpy(reference.data).permute(0, 3, 1, 2))
+        assert torch.equal(data.images[7], TF.pil_to_tensor(reference[7][0]))
+
+
+def test_cifar100_has_its_own_classes_and_folder(tmp_path, monkeypatch):
+    class Stub:
+        base_folder = "cifar-100-python"
+
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            if not train:
+                raise RuntimeError("Dataset not found or corrupted.")
+            self.data, self.targets = np.zeros((3, 32, 32, 3), np.uint8), [0, 50, 99]
+            self.classes = [str(i) for i in range(100)]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", Stub)
+    data = cifar100(tmp_path, train=True)
+    assert (data.num_classes, data.labels.tolist(), tuple(data.images.shape)) == (100, [0, 50, 99], (3, 3, 32, 32))
+    with pytest.raises(FileNotFoundError, match=r"no intact CIFAR-100 there.*cifar-100-python"):
+        cifar100(tmp_path, train=False)
 
 
 def test_a_missing_or_altered_folder_is_one_line(tmp_path, cifar10_dir):
@@ -84,8 +104,10 @@ def test_what_is_no_data_set_is_named(change, message):
 
 
 def test_digits_are_split_once():
-    train, test = digits(True), digits(False)
-    assert len(train) + len(test) == 1797
+    train, test, everything = digits(True), digits(False), load_digits()
+    for data, mine in ((test, np.arange(1797) % 5 == 0), (train, np.arange(1797) % 5 != 0)):
+        assert data.labels.tolist() == everything.target[mine].tolist()
+        assert np.allclose(data.images[:, 2].numpy(), everything.images[mine] * 255 / 16, atol=0.5)
     assert train.images.shape[1:] == (3, 8, 8)
     scaled = train.images[:, 0].float() / 255
     assert scaled.mean().item() == pytest.approx(train.mean[0], abs=0.01)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from modprune import GradualPruning, Settled, count_macs, count_params, cubic
+from modprune import GradualPruning, Settled, count_macs, count_params, cubic, modularity_curve
 from modprune.criteria import BlockScores, Modularity
 from modprune.data import ImageLoader, digits
 from modprune.models import resnet20, resnet32
@@ -144,6 +144,19 @@ def test_settled_means_that_no_point_has_moved():
     assert prune(5) is not None
     assert prune(6) is None  # all is gone that has to
     assert sum(len(plan.remove) for plan in prune.plans) == 2
+
+
+def test_settled_has_its_tolerance():
+    model = resnet20()
+    before = modularity_curve(model, loader(), samples=100, repeats=1).mean
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.layer3[2].conv1.weight.mul_(0.5)
+    step = float(np.abs(modularity_curve(moved, loader(), samples=100, repeats=1).mean - before).max())
+    assert step > 0
+    for tolerance, expected in ((0.99 * step, False), (1.01 * step, True)):
+        settled = Settled(loader(), tolerance=tolerance, samples=100)
+        assert [settled(1, model), settled(2, moved)] == [False, expected]
 
 
 @pytest.mark.parametrize(

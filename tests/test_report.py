@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from modprune.data import ImageLoader, digits
+from modprune.evaluate import evaluate
 from modprune.models import resnet20, resnet56
 from modprune.plan import PruningPlan
 from modprune.report import compare
+from tests.oracles import snapshot
 
 
 def test_numbers_reach_text_markdown_and_json(tmp_path):
@@ -53,9 +55,12 @@ def test_a_counter_that_finds_nothing_is_left_out_and_named():
 
 
 def test_accuracy_and_time_are_of_the_right_network():
-    report = compare(resnet20(), resnet56(), torch.zeros(1, 3, 8, 8), ImageLoader(digits(False), 120))
+    small, large, test = resnet20(), resnet56(), ImageLoader(digits(False), 120)
+    found = [snapshot(model) for model in (small, large)]
+    report = compare(small, large, torch.zeros(1, 3, 8, 8), test)
+    assert [snapshot(model) for model in (small, large)] == found
+    assert report.original.accuracy == evaluate(small, test)
+    assert report.pruned.accuracy == evaluate(large, test) != evaluate(small, test)
     assert report.pruned.params > report.original.params
     assert report.pruned.seconds[1] > report.original.seconds[1]
-    assert report.original.accuracy is not None
-    assert report.original.accuracy.samples == 360
     assert [row[0] for row in report.rows()][:4] == ["Top-1 (%)", "Top-5 (%)", "Loss", "Parameters"]

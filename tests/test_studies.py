@@ -211,6 +211,19 @@ def test_attacks_hold_the_images_they_turn_against_the_same_clean(network, tmp_p
         assert 0 < row["fooled"] <= 150
         assert row["distance"] > 0
         assert len(row["q"]) == len(row["clean"]) == len(numbers["layers"])
+    x, y = (torch.cat(parts) for parts in list(zip(*held_out(), strict=True))[:2])
+    shift, scale = (torch.tensor(normal[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        right = (network.eval()(x).argmax(1) == y).nonzero().flatten()[:150]
+    images, y = (x[right] * scale + shift).clamp(0, 1), y[right]
+    hit = ATTACKS["fgsm"](lambda images: network((images - shift) / scale), images, y)
+    with torch.no_grad():
+        wrong = network((hit - shift) / scale).argmax(1) != y
+    for kind, pixels in (("q", hit), ("clean", images)):
+        turned = [((pixels[wrong] - shift) / scale, y[wrong])]
+        expected = modularity_curve(network, turned, samples=int(wrong.sum()), repeats=1).q[0]
+        assert np.allclose(numbers["attacks"][0][kind], expected, atol=2e-3)  # an edge may turn by rounding
+    assert not np.allclose(numbers["attacks"][0]["q"], numbers["attacks"][0]["clean"], atol=2e-3)
     with pytest.raises(ValueError, match="attack 'x' is unknown: give some of fgsm"):
         studies.attacks(network, held_out(), **normal, names=("x",))
     with pytest.raises(ValueError, match=r"gets \d+ images right, 1000 are asked for"):

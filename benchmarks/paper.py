@@ -181,6 +181,7 @@ def page() -> str:
         "",
         "Lu et al., *Understanding the Dynamics of DNNs Using Graph Modularity* (ECCV 2022), study by study, on",
         "CIFAR-10. What counts as agreeing stands in `benchmarks/paper.py`, and was not moved once a study had run.",
+        "What was moved is the recovery in `redundancy`, whose first run warmed up for the whole of its one epoch.",
         "VGG11, VGG16 and ResNet18 are trained here, in ten epochs at a quarter of the paper's width.",
         "`python -m benchmarks.paper --data-dir DIR --weights-dir DIR` runs them all; each folder holds the numbers",
         "(`study.json`), the pictures, and the command and machine (`run.json`).",

@@ -99,6 +99,6 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds cifar-10-batches-py")
     parser.add_argument("--weights", type=Path, required=True, help="the public checkpoint of ResNet56")
     parser.add_argument("--out", type=Path, default=Path("runs/resnet56-cifar10"), help="folder to work in")
-    parser.add_argument("--epochs", type=int, default=30, help="of fine-tuning")
+    parser.add_argument("--epochs", type=int, default=74, help="of fine-tuning")
     parser.add_argument("--now", action="store_true", help="report on the newest checkpoint without training on")
     main(**vars(parser.parse_args()))

@@ -63,9 +63,12 @@ def headline() -> str:
         removed = run["report"]["params_removed"], run["report"]["flops_removed"]["fvcore"]
         cells = [f"**{value:.2f}**" for value in (_top1(run), 100 * removed[0], 100 * removed[1])]
         lines.append(_row([f"**modprune, {what}**", *cells]))
+    gains = [f"{_top1(run) - base:+.2f}" for run in runs.values()]
+    against = {point.method: f"{point.top1 - LU.base:+.2f}" for point in LAYERS}
     note = (
         f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed from each of ours; one seed, last epoch; "
-        "FLOPs as fvcore counts."
+        f"FLOPs as fvcore counts. Against its own base: ours {', '.join(gains)}; "
+        f"{', '.join(f'{method} {gain}' for method, gain in against.items() if method.startswith('Lu'))}."
     )
     return "\n".join([*lines, "", note])
 
@@ -130,28 +133,40 @@ def speed() -> str:
     floor, large = q["floor"], q["large"]
     rows += [
         (
-            f"Q of {floor['samples']} x {floor['columns']} against the product F F^T alone",
+            f"Q of {floor['samples']} x {floor['columns']} against the product `F @ F.T` alone",
             f"{floor['ratio']:.2f}x its time",
         ),
         (
             f"Q of {large['samples']} x {large['columns']}",
             f"{large['seconds']:.1f} s, {large['peak_mib']:.0f} MiB beside the features",
         ),
-        ("ResNet56's curve against a plain forward pass of its images", f"{curve['curve_over_forward']:.2f}x its time"),
+        (
+            "ResNet56's curve (images channels last) against a forward pass of its images as they come",
+            f"{curve['curve_over_forward']:.2f}x its time",
+        ),
         (
             f"resnet50's curve at 224 x 224, {memory['samples']} images: {memory['features_mib']:.0f} MiB of features",
             f"peak {memory['peak_mib']:.0f} MiB with a budget of {memory['budget_mib']:.0f} MiB "
-            f"(a forward pass alone: {memory['peak_of_a_forward_pass_mib']:.0f})",
+            f"(a forward pass alone: {memory['peak_of_a_forward_pass_mib']:.0f}), in {memory['seconds'] / 60:.0f} "
+            "minutes",
         ),
     ]
     rows += [
-        (f"Fine-tuning {r['network']} against Dataset and DataLoader", f"{r['ratio']:.2f}x the images per second")
+        (
+            f"Fine-tuning {r['network']} ({(tune['autocast'] or 'torch.float32')[6:]}, channels last) against Dataset "
+            "and DataLoader (float32)",
+            f"{r['ratio']:.2f}x the images per second",
+        )
         for r in tune["images_per_second"]
     ]
     lines = ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
-    machine = q["environment"]
-    note = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
-    note += f"; resnet50's curve: {memory['environment']['cpu']}, commit {memory['environment']['commit']}."
+    measured = {"Q": q, "ResNet56's curve": curve, "fine-tuning": tune, "resnet50's curve": memory}
+    machines: dict[str, list[str]] = {}
+    for what, run in measured.items():
+        machine = run["environment"]
+        on = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
+        machines.setdefault(on, []).append(f"{what} at {machine['commit']}")
+    note = "; ".join(f"{on}: {', '.join(which)}" for on, which in machines.items()) + "."
     return "\n".join([*lines, "", note])
 
 
@@ -255,14 +270,17 @@ def scale() -> str:
 def arithmetic() -> str:
     """What a process of 1, 8 or 64 does for one repeat of ResNet50's curve, by the formulas of the page."""
     samples, points, gib = 5000, 17, 2**30
-    head = ["processes", "samples forwarded", "features sent", "products added up", "multiplications"]
+    head = ["processes", "samples a pass", "features sent", "products added up", "multiplications"]
     lines = [_row(head), _row(["---:"] * 5)]
+    passes = {budget: -(-FEATURES // (budget * gib // (4 * samples) - 2 * samples)) for budget in (1, 16, 128)}
     for processes in (1, 8, 64):
         sent = 4 * FEATURES * samples / processes * (processes - 1) / processes / gib
         added = 4 * points * samples**2 / gib if processes > 1 else 0.0
         cells = f"{samples / processes:,.0f}", f"{sent:.1f} GiB", f"{added:.1f} GiB"
         lines.append(_row([str(processes), *cells, f"{samples**2 * FEATURES / processes / 1e12:.1f} T"]))
-    return "\n".join([*lines, "", f"ResNet50 at 224 x 224: {points} points, M = {FEATURES:,} values a sample."])
+    note = f"ResNet50 at 224 x 224: {points} points, M = {FEATURES:,} values a sample. Passes by `budget=`: "
+    note += ", ".join(f"{count} with {budget} GiB" for budget, count in passes.items()) + "."
+    return "\n".join([*lines, "", note])
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -86,10 +86,13 @@ def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
     if len(rows) <= WHOLE and rows.shape[1] >= LONG:
         return _nearest(inner_products(rows), inverse, k)
     size = max(1, BLOCK // len(rows))
-    parts = []
+    # In one place from the start: small pieces kept between the blocks would keep the heap from using these again.
+    neighbours = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
+    weights = torch.empty(len(rows), k, device=rows.device)
     for start in range(0, len(rows), size):
-        parts.append(_nearest(_product(rows[start : start + size], rows), inverse, k, start))
-    return FeatureGraph(torch.cat([p.neighbours for p in parts]), torch.cat([p.weights for p in parts]))
+        part = _nearest(_product(rows[start : start + size], rows), inverse, k, start)
+        neighbours[start : start + size], weights[start : start + size] = part.neighbours, part.weights
+    return FeatureGraph(neighbours, weights)
 
 
 def feature_graph_from_gram(gram: Tensor, k: int = 3) -> FeatureGraph:

@@ -21,7 +21,7 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks._env import RESULTS, peak_rss, write_result
+from benchmarks._env import RESULTS, environment, peak_rss, write_result
 from modprune import ModularityPruner, PruningPlan, count_macs
 from modprune._memory import keep_freed_memory
 from modprune.cost import latency
@@ -42,7 +42,8 @@ def main(names: Sequence[str], compiled: bool) -> None:
     path = RESULTS / "latency.json"
     rows: dict[str, Any] = json.loads(path.read_text())["networks"] if path.exists() else {}
     for name in names or NETWORKS:
-        rows.setdefault(name, {})["compiled" if compiled else "eager"] = measure(name, compiled)
+        row = {**measure(name, compiled), "environment": environment()}
+        rows.setdefault(name, {})["compiled" if compiled else "eager"] = row
         write_result("latency", {"command": "python -m benchmarks.latency [--compiled]", "networks": rows})
 
 

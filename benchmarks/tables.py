@@ -27,9 +27,10 @@ What `modprune.find_blocks` finds in networks with random weights, and what work
 removed: the forward pass with the same output shapes, saving and loading bit for bit, half of the blocks removed and
 0.3 of the channels inside the others cut, `ModularityPruner` on a loader, gradients, torch-pruning's dependency graph,
 `torch.compile`, `torch.export`, ONNX in onnxruntime (outputs equal to 1e-4 of the largest). The numbers of blocks were
-counted by hand from the papers beforehand. Last, the time of `find_blocks` in ms, and as a share of three forward
-passes and one build of the dependency graph. *neither*: the unpruned network cannot do it either; *no*: see below the
-table. By `python -m benchmarks.zoo`."""
+counted by hand from the papers beforehand. Last, the time of `find_blocks` in ms, the least of some rounds, and as a
+share of three forward passes and one build of the dependency graph. *neither*: the unpruned network cannot do it
+either; *no*: see below the table. By `python -m benchmarks.zoo`; rows come from several commits, and the times of those
+that had been near 1 or above it were measured anew."""
 TRAINING_IMAGES = 50_000
 OURS = {
     "resnet56-cifar10": "blocks",

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks._env import RESULTS, write_result
+from benchmarks._env import RESULTS, environment, write_result
 from modprune import ModularityPruner, find_blocks, load, save
 from modprune._depgraph import dependency_graph
 from modprune._inputs import call
@@ -352,7 +352,8 @@ def main(names: list[str], fast: bool, only_times: bool) -> None:
     for entry in ZOO:
         if not names or entry.name in names:
             checked = {} if only_times else check(entry, fast)
-            known[entry.name] = known.get(entry.name, {}) | checked | times(*entry.build())
+            measured = times(*entry.build()) | {"environment": environment()}
+            known[entry.name] = known.get(entry.name, {}) | checked | measured
             print(json.dumps(known[entry.name]), flush=True)
             rows = [known[e.name] for e in ZOO if e.name in known]
             write_result("zoo", {"command": "python -m benchmarks.zoo", "networks": rows})

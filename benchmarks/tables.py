@@ -34,7 +34,7 @@ that had been near 1 or above it were measured anew."""
 TRAINING_IMAGES = 50_000
 OURS = {
     "resnet56-cifar10": "blocks",
-    "resnet56-cifar10-cutmix": "blocks and a little width",
+    "resnet56-cifar10-longer": "blocks and a little width",
     "resnet56-cifar10-quarter-cutmix": "blocks and width",
 }
 TRIED = ("resnet56-cifar10-narrow", "resnet56-cifar10-strict")

@@ -102,12 +102,10 @@ def _part(sample: Sample, part: slice) -> Sample:
 def _draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
     drawn = 0
     for sample in _consecutive(loader, samples):
-        if drawn == repeats:
-            return
         yield sample
         drawn += 1
-    if drawn == repeats:
-        return
+        if drawn == repeats:  # not one batch more than that is asked for
+            return
     batches = list(map(_labelled, loader))
     pool = [(take(x, i, i + 1), y[i : i + 1]) for x, y in batches for i in range(len(y))]
     size = max((len(y) for _, y in batches), default=1)

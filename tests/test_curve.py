@@ -110,6 +110,13 @@ def test_samples_are_disjoint_then_random_but_the_same_each_time():
     assert sets[2] != sets[3]
 
 
+def test_no_more_is_read_than_is_asked_for():
+    read: list[int] = []
+    lazily = (batch for batch in loader(120, batch=10) if not read.append(1))
+    assert len(list(draw(lazily, 30, 2))) == 2
+    assert len(read) == 6
+
+
 def test_random_samples_come_in_batches_where_their_sizes_allow():
     assert [len(labels) for _, labels in [*draw(loader(40, batch=10), 30, 2)][1]] == [10, 10, 10]
     ragged = [(torch.ones(4, 3 + i), torch.arange(4)) for i in range(3)]

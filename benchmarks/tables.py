@@ -65,11 +65,9 @@ def headline() -> str:
         cells = [f"**{value:.2f}**" for value in (_top1(run), 100 * removed[0], 100 * removed[1])]
         lines.append(_row([f"**modprune, {what}**", *cells]))
     gains = [f"{_top1(run) - base:+.2f}" for run in runs.values()]
-    against = {point.method: f"{point.top1 - LU.base:+.2f}" for point in LAYERS}
     note = (
         f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed from each of ours; one seed, last epoch; "
-        f"FLOPs as fvcore counts. Against its own base: ours {', '.join(gains)}; "
-        f"{', '.join(f'{method} {gain}' for method, gain in against.items() if method.startswith('Lu'))}."
+        f"FLOPs as fvcore counts. Against its own base: ours {', '.join(gains)}; {LU.method} {LU.top1 - LU.base:+.2f}."
     )
     return "\n".join([*lines, "", note])
 

@@ -41,8 +41,12 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 def laid_out(value: Any, layout: torch.memory_format) -> Any:
     """`value` with every (B, C, H, W) floating point tensor inside it in this memory format."""
-    images = lambda v: isinstance(v, Tensor) and v.ndim == 4 and v.is_floating_point()  # noqa: E731
-    return _map(lambda v: v.to(memory_format=layout) if images(v) else v, value)
+
+    def lay_out(item: Any) -> Any:
+        is_images = isinstance(item, Tensor) and item.ndim == 4 and item.is_floating_point()
+        return item.to(memory_format=layout) if is_images else item
+
+    return _map(lay_out, value)
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:

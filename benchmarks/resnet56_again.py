@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from modprune import CachedTeacher, PruningPlan, compare, find_blocks, finetune,
 from modprune._memory import keep_freed_memory
 from modprune.checkpoints import states
 from modprune.data import ImageData, ImageLoader, cifar10
+from modprune.finetune import Epoch
 from modprune.recipe import Recipe
 from modprune.width import choose_cuts
 
@@ -79,27 +81,43 @@ def main(
         resume=bool(states(checkpoints)),
         **asdict(recipe),
     )
-    pruned.to(memory_format=torch.contiguous_format)
-    report = compare(network, pruned, EXAMPLE.to(device), ImageLoader(test, 100, device=device))
-    print(report)
-    save(pruned, RESULTS / f"{name}.safetensors")
     names = [path.name for path in (weights, *teachers)]
-    result = {
+    facts = {
         "command": "python -m benchmarks.resnet56_again --data-dir DIR --weights FILE"
         f" --teachers {' '.join(names[1:])} --start {start} --name {name} --width {width}"
         f"{f' --within {within}' if within else ''} --mixed {mixed} --epochs {epochs} --lr {lr} --seed {seed}",
-        "start": start,
         "width": width,
         "within": within,
         "mixed": mixed,
-        "report": json.loads(report.to_json()),
         "recipe": {**asdict(recipe), "batch_size": BATCH, "pad": PAD, "teacher": f"mean of {names}, {LOOKS} looks"},
         "seed": seed,
-        "device": device,
+    }
+    publish(name, start, facts, history, network, pruned, ImageLoader(test, 100, device=device))
+
+
+def publish(
+    name: str,
+    start: str,
+    facts: dict[str, Any],
+    history: Sequence[Epoch],
+    network: nn.Module,
+    pruned: nn.Module,
+    test: ImageLoader,
+) -> None:
+    """Measure the network of a run and write it, and what is known of the run, over what is known of the one before."""
+    pruned.to(memory_format=torch.contiguous_format)
+    report = compare(network, pruned, EXAMPLE.to(test.device), test)
+    print(report)
+    save(pruned, RESULTS / f"{name}.safetensors")
+    before = json.loads((RESULTS / f"{start}.json").read_text())
+    result = {
+        **facts,
+        "start": start,
+        "report": json.loads(report.to_json()),
+        "device": test.device.type,
         "trained_epochs": len(history),
         "history": [asdict(epoch) for epoch in history],
     }
-    before = json.loads((RESULTS / f"{start}.json").read_text())
     print(write_result(name, {**before, **result, "before": before}))
 
 

@@ -15,6 +15,7 @@ from benchmarks._env import RESULTS
 from benchmarks.curve_memory import FEATURES
 from benchmarks.published import LAYERS, LU
 from benchmarks.resnet56_cifar10 import epochs_on_another_schedule
+from benchmarks.wide_teacher import NAME as TEACHER
 from modprune._files import write_text
 from modprune.recipe import Recipe
 
@@ -99,10 +100,13 @@ def _new(run: dict[str, Any]) -> str:
     if not before or before["recipe"]["teacher"] != run["recipe"]["teacher"]:
         new.append(f"taught by {_teacher(run)}")
     new += [f"{run['mixed']} images made by CutMix for each, without labels"] if run.get("mixed") else []
+    new += [f"{run['recipe']['cutmix']:.0%} of the batches mixed anew by CutMix"] if "cutmix" in run["recipe"] else []
     return "; ".join(new) or "more epochs"
 
 
 def _teacher(run: dict[str, Any]) -> str:
+    if run["recipe"]["teacher"] == TEACHER:
+        return "the wide teacher, at every image anew"
     public, ours = (run["recipe"]["teacher"].count(f"{suffix}'") for suffix in (".th", ".safetensors"))
     several = f"the mean of {public} public networks" + (f" and {ours} of these" if ours else "")
     return several if public else "the unpruned network"

@@ -68,7 +68,8 @@ def headline() -> str:
     gains = [f"{_top1(run) - base:+.2f}" for run in runs.values()]
     note = (
         f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed from each of ours; one seed, last epoch; "
-        f"FLOPs as fvcore counts. Against its own base: ours {', '.join(gains)}; {LU.method} {LU.top1 - LU.base:+.2f}."
+        f"FLOPs as fvcore counts. Against its own base: ours {', '.join(gains)}; {LU.method} {LU.top1 - LU.base:+.2f}. Our "
+        f"networks, in `benchmarks/results`: {', '.join(f'`{name}.safetensors`' for name in OURS)}."
     )
     return "\n".join([*lines, "", note])
 

@@ -24,6 +24,8 @@ from torchvision.transforms import v2
 
 from benchmarks._env import RESULTS, write_result
 from benchmarks.resnet56_cifar10 import BATCH, PAD
+from benchmarks.wide_teacher import NAME as WIDE
+from benchmarks.wide_teacher import wide_teacher
 from modprune import CachedTeacher, PruningPlan, compare, find_blocks, finetune, load, load_weights, models, save
 from modprune._memory import keep_freed_memory
 from modprune.checkpoints import states
@@ -145,7 +147,9 @@ def narrowed(network: nn.Module, width: float, within: str | None) -> nn.Module:
 
 
 def teacher(path: Path) -> nn.Module:
-    """A network of modprune's own file, or of a public checkpoint, whose file name tells it: `resnet32-d509ac18.th`."""
+    """The wide one, one of modprune's own file, or of a public checkpoint, told by its name: `resnet32-d509ac18.th`."""
+    if path.stem == WIDE:
+        return wide_teacher()
     if path.suffix == ".safetensors":
         return load(path)
     return load_weights(getattr(models, path.name.split("-")[0])(), path)

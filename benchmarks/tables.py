@@ -15,7 +15,7 @@ from benchmarks._env import RESULTS
 from benchmarks.curve_memory import FEATURES
 from benchmarks.published import LAYERS, LU
 from benchmarks.resnet56_cifar10 import epochs_on_another_schedule
-from benchmarks.wide_teacher import NAME as TEACHER
+from benchmarks.wide_teacher import NAME as WIDE
 from modprune._files import write_text
 from modprune.recipe import Recipe
 
@@ -68,8 +68,8 @@ def headline() -> str:
     gains = [f"{_top1(run) - base:+.2f}" for run in runs.values()]
     note = (
         f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed from each of ours; one seed, last epoch; "
-        f"FLOPs as fvcore counts. Against its own base: ours {', '.join(gains)}; {LU.method} {LU.top1 - LU.base:+.2f}. Our "
-        f"networks, in `benchmarks/results`: {', '.join(f'`{name}.safetensors`' for name in OURS)}."
+        f"FLOPs as fvcore counts. Against its own base: ours {', '.join(gains)}; {LU.method} {LU.top1 - LU.base:+.2f}. "
+        f"Our networks, in `benchmarks/results`: {', '.join(f'`{name}.safetensors`' for name in OURS)}."
     )
     return "\n".join([*lines, "", note])
 
@@ -101,15 +101,15 @@ def _new(run: dict[str, Any]) -> str:
     if not before or before["recipe"]["teacher"] != run["recipe"]["teacher"]:
         new.append(f"taught by {_teacher(run)}")
     new += [f"{run['mixed']} images made by CutMix for each, without labels"] if run.get("mixed") else []
-    new += [f"{run['recipe']['cutmix']:.0%} of the batches mixed anew by CutMix"] if "cutmix" in run["recipe"] else []
     return "; ".join(new) or "more epochs"
 
 
 def _teacher(run: dict[str, Any]) -> str:
-    if run["recipe"]["teacher"] == TEACHER:
-        return "the wide teacher, at every image anew"
-    public, ours = (run["recipe"]["teacher"].count(f"{suffix}'") for suffix in (".th", ".safetensors"))
-    several = f"the mean of {public} public networks" + (f" and {ours} of these" if ours else "")
+    public, ours, wide = (
+        run["recipe"]["teacher"].count(f"{end}'") for end in (".th", ".safetensors", f"{WIDE}.safetensors")
+    )
+    several = f"the mean of {public} public networks"
+    several += (", the wide one" if wide else "") + (f" and {ours - wide} of these" if ours else "")
     return several if public else "the unpruned network"
 
 

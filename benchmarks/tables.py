@@ -85,7 +85,12 @@ def levers() -> str:
         top1 = f"{_top1(run):.2f}" + (f" ({_top1(run) - _top1(before):+.2f})" if before else "")
         removed = f"{100 * run['report']['flops_removed']['fvcore']:.2f}"
         lines.append(_row([str(number), origin, _new(run), _epochs(run), str(run["recipe"]["lr"]), removed, top1]))
-    return "\n".join(lines)
+    wide = load(WIDE)
+    note = (
+        f"The wide one: {wide['parameters'] / 1e6:.1f} M parameters, {wide['recipe']['epochs']} epochs from random "
+        f"weights, {wide['top1']:.2f} %; by `python -m benchmarks.wide_teacher`."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def _chain(run: dict[str, Any]) -> list[dict[str, Any]]:
@@ -105,11 +110,10 @@ def _new(run: dict[str, Any]) -> str:
 
 
 def _teacher(run: dict[str, Any]) -> str:
-    public, ours, wide = (
-        run["recipe"]["teacher"].count(f"{end}'") for end in (".th", ".safetensors", f"{WIDE}.safetensors")
-    )
-    several = f"the mean of {public} public networks"
-    several += (", the wide one" if wide else "") + (f" and {ours - wide} of these" if ours else "")
+    names = run["recipe"]["teacher"]
+    public, ours, wide = (names.count(f"{end}'") for end in (".th", ".safetensors", f"{WIDE}.safetensors"))
+    several = f"the mean of {public} public networks" + (", the wide one" if wide else "")
+    several += f" and {ours - wide} of these" if ours > wide else ""
     return several if public else "the unpruned network"
 
 

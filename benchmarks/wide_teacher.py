@@ -1,4 +1,4 @@
-"""A stronger teacher for ResNet56's benchmark: a wide residual network, trained here on CIFAR-10's training set.
+"""Another teacher for ResNet56's benchmark: a wide residual network, trained here on CIFAR-10's training set.
 
     python -m benchmarks.wide_teacher --data-dir DIR
 

@@ -1,10 +1,11 @@
 """Depth against width by the clock: the unpruned network, ours, and torch-pruning's at the same MACs, in turns.
 
-    python -m benchmarks.latency [--network NAME ...] [--compiled]
+    python -m benchmarks.latency --weights FILE [--network NAME ...] [--compiled]
 
-ResNet56 loses the blocks of the committed plan. The other networks have random weights, since only time matters, and
-lose half their MACs. Width is torch-pruning's `GroupNormPruner`, global, its ratio searched for the same MACs as ours;
-on ResNet56 with projections for the padded shortcuts, whose channels torch-pruning does not follow.
+ResNet56 has the weights of its public checkpoint and loses the blocks of the committed plan. The other networks have
+random weights, since only time matters, and lose half their MACs. Width is torch-pruning's `GroupNormPruner`, global,
+its ratio searched for the same MACs as ours, with numbers of channels as they come and in multiples of eight; on
+ResNet56 with projections for the padded shortcuts, whose channels torch-pruning does not follow.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ctypes
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +24,13 @@ import torchvision
 from torch import nn
 
 from benchmarks._env import RESULTS, environment, peak_rss, write_result
-from modprune import ModularityPruner, PruningPlan, count_macs
+from modprune import ModularityPruner, PruningPlan, count_macs, load_weights
 from modprune._memory import keep_freed_memory
 from modprune.cost import latency
 from modprune.models.resnet import PadShortcut, resnet56
 
 SECONDS = 20.0
+WIDTHS = {"width": None, "eights": 8}  # multiples that the numbers of channels are rounded to
 # Name -> how to build it, the size of its images, and batches to measure.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...]]] = {
     "resnet56": (resnet56, 32, (1, 32, 256)),
@@ -36,26 +39,29 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...]]] = {
 }
 
 
-def main(names: Sequence[str], compiled: bool) -> None:
+def main(weights: Path, names: Sequence[str], compiled: bool) -> None:
     """Measure the networks named, or all, and write benchmarks/results/latency.json, which keeps the others' rows."""
     keep_freed_memory()
     path = RESULTS / "latency.json"
+    command = "python -m benchmarks.latency --weights FILE [--compiled]"
     rows: dict[str, Any] = json.loads(path.read_text())["networks"] if path.exists() else {}
     for name in names or NETWORKS:
-        row = {**measure(name, compiled), "environment": environment()}
+        row = {**measure(name, weights, compiled), "environment": environment()}
         rows.setdefault(name, {})["compiled" if compiled else "eager"] = row
-        write_result("latency", {"command": "python -m benchmarks.latency [--compiled]", "networks": rows})
+        write_result("latency", {"command": command, "networks": rows})
 
 
-def measure(name: str, compiled: bool) -> dict[str, Any]:
-    """MACs of the three networks, and for each batch size median seconds, speed-up and peak memory."""
+def measure(name: str, weights: Path, compiled: bool) -> dict[str, Any]:
+    """MACs of the networks, and for each batch size median seconds, speed-up and peak memory."""
     torch.manual_seed(0)
     build, size, batches = NETWORKS[name]
     example = torch.randn(1, 3, size, size)
     whole = build().eval()
+    if name == "resnet56":
+        load_weights(whole, weights)
     ours = pruned(name, copy.deepcopy(whole), example)
-    narrow = narrowed(whole, example, count_macs(ours, example))
-    models = {"unpruned": whole, "depth": ours, "width": narrow}
+    narrow = {key: narrowed(whole, example, count_macs(ours, example), multiple) for key, multiple in WIDTHS.items()}
+    models = {"unpruned": whole, "depth": ours, **narrow}
     macs = {key: count_macs(model, example) for key, model in models.items()}
     ready = {key: torch.compile(model) for key, model in models.items()} if compiled else models
     row: dict[str, Any] = {"macs": macs, "batches": {}}
@@ -77,19 +83,19 @@ def pruned(name: str, model: nn.Module, example: torch.Tensor) -> nn.Module:
     return ModularityPruner(model, example, (), "random", flops=0.5).step()
 
 
-def narrowed(model: nn.Module, example: torch.Tensor, macs: int) -> nn.Module:
+def narrowed(model: nn.Module, example: torch.Tensor, macs: int, multiple: int | None) -> nn.Module:
     """torch-pruning's: the ratio of channels is halved in on until the MACs are those asked for."""
     low, high, best = 0.0, 0.95, copy.deepcopy(model)
     for _ in range(8):
         ratio = (low + high) / 2
-        trial = _narrowed_by(model, example, ratio)
+        trial = _narrowed_by(model, example, ratio, multiple)
         left = count_macs(trial, example)
         low, high = (ratio, high) if left > macs else (low, ratio)
         best = min(best, trial, key=lambda m: abs(count_macs(m, example) - macs))
     return best
 
 
-def _narrowed_by(model: nn.Module, example: torch.Tensor, ratio: float) -> nn.Module:
+def _narrowed_by(model: nn.Module, example: torch.Tensor, ratio: float, multiple: int | None) -> nn.Module:
     import torch_pruning as tp
 
     trial = copy.deepcopy(model)
@@ -103,7 +109,7 @@ def _narrowed_by(model: nn.Module, example: torch.Tensor, ratio: float) -> nn.Mo
         warnings.simplefilter("ignore")
         tp.pruner.GroupNormPruner(
             trial, example, tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True, pruning_ratio=ratio,
-            ignored_layers=[last], num_heads=heads, max_pruning_ratio=0.95,
+            ignored_layers=[last], num_heads=heads, max_pruning_ratio=0.95, round_to=multiple,
         ).step()  # fmt: skip
     return trial.eval()
 
@@ -121,6 +127,7 @@ def memory(model: Any, example: torch.Tensor, batch: int) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="the public checkpoint of ResNet56")
     parser.add_argument("--network", dest="names", nargs="*", default=(), choices=[*NETWORKS], help="all if not given")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile")
     main(**vars(parser.parse_args()))

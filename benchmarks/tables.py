@@ -36,10 +36,10 @@ TRAINING_IMAGES = 50_000
 OURS = {
     "resnet56-cifar10": "blocks",
     "resnet56-cifar10-longer": "blocks and a little width",
-    "resnet56-cifar10-quarter-cutmix": "blocks and width",
+    "resnet56-cifar10-quarter-longer": "blocks and width",
 }
 TRIED = ("resnet56-cifar10-narrow", "resnet56-cifar10-strict")
-PRUNED = ("unpruned", "depth", "width")
+PRUNED = ("unpruned", "depth", "width", "eights")
 SHOWN_LEFT = 0.60  # the budget at which the blocks left are shown
 STEPS = ("forward", "round_trip", "width", "pruner", "gradients", "depgraph", "compile", "export", "onnx")
 
@@ -182,7 +182,8 @@ def clock() -> str:
     """How many times as fast as the unpruned network depth and width make ResNet56, at equal MACs."""
     run = load("latency")
     row = run["networks"]["resnet56"]["eager"]
-    lines = [_row(["batch", "ideal, by MACs", "blocks removed", "channels removed"]), _row(["---:"] * 4)]
+    head = ["batch", "ideal, by MACs", "blocks removed", "channels removed", "channels, by eights"]
+    lines = [_row(head), _row(["---:"] * 5)]
     lines += [_row([batch, *_speed_ups(row, cell)]) for batch, cell in row["batches"].items()]
     return "\n".join([*lines, "", f"Medians of passes in turns; {_machine(run)}."])
 
@@ -190,17 +191,17 @@ def clock() -> str:
 def clocks() -> str:
     """The same of every network, eager and compiled, with throughput and memory."""
     run = load("latency")
-    head = ["network", "batch", "ideal", "blocks", "channels", "images/s", "peak memory, MiB"]
-    lines = [_row(head), _row(["---", *["---:"] * 6])]
+    head = ["network", "batch", "ideal", "blocks", "channels", "by eights", "images/s", "peak memory, MiB"]
+    lines = [_row(head), _row(["---", *["---:"] * 7])]
     for name, modes in run["networks"].items():
         for mode, row in modes.items():
             for batch, cell in row["batches"].items():
                 throughput = " / ".join(f"{int(batch) / cell['seconds'][key]:,.0f}" for key in PRUNED)
                 memory = " / ".join(f"{cell['peak_mib'][key]:,.0f}" for key in PRUNED)
                 lines.append(_row([f"{name}, {mode}", batch, *_speed_ups(row, cell), throughput, memory]))
-    left = [f"{name} {_macs_left(row, 'depth'):.1%} and {_macs_left(row, 'width'):.1%}" for name, row in _eager(run)]
+    left = [f"{name} {_all_left(row)}" for name, row in _eager(run)]
     note = (
-        "Images/s and memory: unpruned / blocks / channels removed. MACs left by blocks and by channels: "
+        "Images/s and memory: unpruned / blocks / channels / channels by eights. MACs left by the three: "
         f"{', '.join(left)}. Medians of passes in turns; {_machine(run)}."
     )
     return "\n".join([*lines, "", note])
@@ -210,14 +211,18 @@ def _eager(run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(name, modes["eager"]) for name, modes in run["networks"].items()]
 
 
+def _all_left(row: dict[str, Any]) -> str:
+    return " / ".join(f"{_macs_left(row, key):.1%}" for key in PRUNED[1:])
+
+
 def _macs_left(row: dict[str, Any], key: str) -> float:
     return float(row["macs"][key] / row["macs"]["unpruned"])
 
 
 def _speed_ups(row: dict[str, Any], cell: dict[str, Any]) -> list[str]:
-    """The most that the MACs allow, what depth gives, what width gives."""
-    depth, width = (f"{cell['speed_up'][key]:.2f}x" for key in ("depth", "width"))
-    return [f"{1 / _macs_left(row, 'depth'):.2f}x", f"**{depth}**", width]
+    """The most that the MACs allow, what depth gives, what width gives in two ways."""
+    depth, *width = (f"{cell['speed_up'][key]:.2f}x" for key in PRUNED[1:])
+    return [f"{1 / _macs_left(row, 'depth'):.2f}x", f"**{depth}**", *width]
 
 
 def _machine(run: dict[str, Any]) -> str:

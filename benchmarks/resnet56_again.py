@@ -1,17 +1,19 @@
 """The real run, continued: the network of an earlier run learns once more, from several teachers.
 
     python -m benchmarks.resnet56_again --data-dir DIR --weights FILE --teachers FILE FILE [--start NAME] [--name NAME]
-        [--width R [--within BLOCK]] [--mixed K]
+        [--restore BLOCK BLOCK] [--width R [--within BLOCK]] [--mixed K]
 
 A student that has come as near to one teacher as it can still gains from the mean of several, and from images that
-none of them has learnt by heart: those that CutMix makes. Starts from benchmarks/results/START.safetensors; with
---width, torch-pruning first cuts that fraction of the channels inside the blocks that stay. Resumable: the same command
-goes on where a killed one was. The weights are those of the last epoch; test images choose nothing.
+none of them has learnt by heart: those that CutMix makes. Starts from benchmarks/results/START.safetensors. With
+--restore, blocks that are gone from it come back first, and with --width, torch-pruning then cuts that fraction of the
+channels inside the blocks that stay. Resumable: the same command goes on where a killed one was. The weights are those
+of the last epoch; test images choose nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -32,6 +34,7 @@ from modprune.checkpoints import states
 from modprune.data import ImageData, ImageLoader, cifar10
 from modprune.finetune import Epoch
 from modprune.recipe import Recipe
+from modprune.surgery import removed_blocks
 from modprune.width import choose_cuts
 
 LOOKS = 2
@@ -57,6 +60,7 @@ def main(
     teachers: Sequence[Path],
     start: str,
     name: str,
+    restore: Sequence[str],
     width: float,
     within: str | None,
     mixed: int,
@@ -67,8 +71,9 @@ def main(
     """Run, and write benchmarks/results/NAME.json and the network."""
     keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = load_weights(models.resnet56(), weights).to(device)
-    pruned = narrowed(load(RESULTS / f"{start}.safetensors"), width, within)
+    network = load_weights(models.resnet56(), weights)
+    pruned = restored(load(RESULTS / f"{start}.safetensors"), network, restore)
+    pruned = narrowed(pruned, width, within)
     pruned.to(device, memory_format=torch.channels_last)
     train, test = with_mixed(cifar10(data_dir, train=True), mixed, seed), cifar10(data_dir, train=False)
     taught_by = Ensemble([teacher(path) for path in (weights, *teachers)]).to(device, memory_format=torch.channels_last)
@@ -84,17 +89,19 @@ def main(
         **asdict(recipe),
     )
     names = [path.name for path in (weights, *teachers)]
+    back, only = f" --restore {' '.join(restore)}" if restore else "", f" --within {within}" if within else ""
     facts = {
         "command": "python -m benchmarks.resnet56_again --data-dir DIR --weights FILE"
-        f" --teachers {' '.join(names[1:])} --start {start} --name {name} --width {width}"
-        f"{f' --within {within}' if within else ''} --mixed {mixed} --epochs {epochs} --lr {lr} --seed {seed}",
+        f" --teachers {' '.join(names[1:])} --start {start} --name {name}{back} --width {width}{only}"
+        f" --mixed {mixed} --epochs {epochs} --lr {lr} --seed {seed}",
+        "restored": list(restore),
         "width": width,
         "within": within,
         "mixed": mixed,
         "recipe": {**asdict(recipe), "batch_size": BATCH, "pad": PAD, "teacher": f"mean of {names}, {LOOKS} looks"},
         "seed": seed,
     }
-    publish(name, start, facts, history, network, pruned, ImageLoader(test, 100, device=device))
+    publish(name, start, facts, history, network.to(device), pruned, ImageLoader(test, 100, device=device))
 
 
 def publish(
@@ -106,21 +113,25 @@ def publish(
     pruned: nn.Module,
     test: ImageLoader,
 ) -> None:
-    """Measure the network of a run and write it, and what is known of the run, over what is known of the one before."""
+    """Measure the network of a run and write it, and what is known of the run and of those before it."""
     pruned.to(memory_format=torch.contiguous_format)
     report = compare(network, pruned, EXAMPLE.to(test.device), test)
     print(report)
     save(pruned, RESULTS / f"{name}.safetensors")
     before = json.loads((RESULTS / f"{start}.json").read_text())
+    removed = removed_blocks(pruned).remove
     result = {
         **facts,
         "start": start,
+        "removed": removed,
+        "kept": [name for name in before["scores"] if name not in removed],
         "report": json.loads(report.to_json()),
         "device": test.device.type,
         "trained_epochs": len(history),
         "history": [asdict(epoch) for epoch in history],
     }
-    print(write_result(name, {**before, **result, "before": before}))
+    lasting = {key: before[key] for key in ("checkpoint", "scores", "curve")}
+    print(write_result(name, {**result, **lasting, "before": before}))
 
 
 def with_mixed(data: ImageData, times: int, seed: int) -> ImageData:
@@ -134,6 +145,16 @@ def with_mixed(data: ImageData, times: int, seed: int) -> ImageData:
             images.append(both)
             labels.append(shares.argmax(1))
     return replace(data, images=torch.cat(images), labels=torch.cat(labels))
+
+
+def restored(network: nn.Module, whole: nn.Module, names: Sequence[str]) -> nn.Module:
+    """`network`, in place, with blocks of `whole` again, which begin as the identity: the others learnt without them."""
+    for name in names:
+        block = copy.deepcopy(whole.get_submodule(name))
+        nn.init.zeros_(block.get_submodule("bn2").get_parameter("weight"))
+        nn.init.zeros_(block.get_submodule("bn2").get_parameter("bias"))
+        network.set_submodule(name, block)
+    return network
 
 
 def narrowed(network: nn.Module, width: float, within: str | None) -> nn.Module:
@@ -162,6 +183,7 @@ if __name__ == "__main__":
     parser.add_argument("--teachers", type=Path, nargs="+", required=True, help="more of them, or pruned networks")
     parser.add_argument("--start", default="resnet56-cifar10-first", help="result whose network learns once more")
     parser.add_argument("--name", default="resnet56-cifar10", help="result to write, and folder in runs/ to work in")
+    parser.add_argument("--restore", nargs="+", default=(), metavar="BLOCK", help="blocks that come back first")
     parser.add_argument("--width", type=float, default=0.0, help="fraction of the channels inside blocks to cut first")
     parser.add_argument("--within", help="the only block to cut channels in")
     parser.add_argument("--mixed", type=int, default=0, help="images made by CutMix, for each of the training set")

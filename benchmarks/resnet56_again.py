@@ -148,7 +148,7 @@ def with_mixed(data: ImageData, times: int, seed: int) -> ImageData:
 
 
 def restored(network: nn.Module, whole: nn.Module, names: Sequence[str]) -> nn.Module:
-    """`network`, in place, with blocks of `whole` again, which begin as the identity: the others learnt without them."""
+    """`network`, in place, with blocks of `whole` again; they begin as the identity: the others learnt without them."""
     for name in names:
         block = copy.deepcopy(whole.get_submodule(name))
         nn.init.zeros_(block.get_submodule("bn2").get_parameter("weight"))

@@ -1,15 +1,34 @@
-"""The random generators that data are drawn from, as one state of plain values."""
+"""What a loader draws its data from: random generators, as one state of plain values, and a pass under way."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
 T = TypeVar("T")
+
+
+@contextmanager
+def undisturbed(loader: object) -> Iterator[None]:
+    """A loader may be read inside the block; its owner then goes on as if it had not been, amid an epoch too.
+
+    Put back are all random generators, and the pass of a DataLoader whose workers persist: it has only one at a time,
+    and a new one would take the workers of the old one away.
+    """
+    state, under_way = random_state(loader), getattr(loader, "_iterator", None)
+    if under_way is not None:
+        loader._iterator = None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        set_random_state(state, loader)
+        if under_way is not None:
+            loader._iterator = under_way  # type: ignore[attr-defined]
 
 
 def random_state(loader: object) -> dict[str, Any]:

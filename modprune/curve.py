@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modprune._files import write_text
 from modprune._inputs import batch_size, call, device_of, evaluating, first_sample, first_tensor, to_device
+from modprune._random import undisturbed
 from modprune.blocks import Blocks, find_blocks
 from modprune.features import GIB, LayerGrams, Sample, draw, labels_of
 from modprune.graph import WHOLE, check_k, check_labels, feature_graph_from_gram, graph_modularity
@@ -111,7 +112,8 @@ def modularity_curve(
 
     Args:
         model: left as found: modes, device, RNG.
-        loader: `(inputs, labels, ...)` batches or dicts with `labels`; (B,) integer labels, one a sample.
+        loader: `(inputs, labels, ...)` batches or dicts with `labels`; (B,) integer labels, one a sample. Its
+            generators, and an epoch of yours that it is amid, are left as found.
         k: neighbours of each sample.
         samples: N, samples of each repeat, up to 8192. Repeats are disjoint as far as the loader lasts.
         repeats: how many times.
@@ -130,7 +132,7 @@ def modularity_curve(
     check_k(k, samples)
     if samples > WHOLE:
         raise ValueError(f"samples={samples}: at most {WHOLE} a repeat; use more repeats")
-    with evaluating(model):
+    with evaluating(model), undisturbed(loader):
         if layers is None:
             if example_inputs is None:
                 example_inputs = first_sample(loader)

@@ -28,6 +28,7 @@ from modprune._inputs import (
     to_device,
 )
 from modprune._processes import everyones, place, to_owners, total
+from modprune._random import undisturbed
 from modprune.graph import check_finite, inner_products
 
 GIB = 2**30
@@ -78,8 +79,8 @@ def draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
 
 
 def drawn(model: nn.Module, loader: Iterable[Any], samples: int, repeats: int) -> list[Sample]:
-    """All that `draw` gives, with torch's RNG as it was: a loader that shuffles draws from it."""
-    with evaluating(model):
+    """All that `draw` gives, with model and loader as they were."""
+    with evaluating(model), undisturbed(loader):
         return list(draw(loader, samples, repeats))
 
 
@@ -333,7 +334,7 @@ def pairs(
         hooks.append(module.register_forward_hook(lambda _, __, out, layer=layer: after(layer, out)))
     seen = 0
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), undisturbed(loader), torch.no_grad():
             for batch in loader:
                 inputs = split_batch(batch)[0]
                 if batch_size(inputs) == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,7 +10,8 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
-from modprune._inputs import evaluating, first_sample
+from modprune._inputs import first_sample
+from modprune._random import undisturbed
 from modprune.carry import carry_over
 from modprune.cost import count_macs, count_params
 from modprune.criteria import Criterion, Random, resolve
@@ -41,7 +41,7 @@ class Settled:
     """
 
     def __init__(self, loader: Iterable[Any], tolerance: float = 0.02, k: int = 3, samples: int = 500) -> None:
-        self.loader, self.tolerance, self.k, self.samples = _apart(loader), tolerance, k, samples
+        self.loader, self.tolerance, self.k, self.samples = loader, tolerance, k, samples
         self.last: ModularityCurve | None = None
 
     def __call__(self, count: int, model: nn.Module) -> bool:
@@ -98,14 +98,14 @@ class GradualPruning:
     ) -> None:
         if not callable(at) and (not at or min(at) < 1 or list(at) != sorted(set(at))):
             raise ValueError(f"at={at}: counts from 1 on that rise are needed, as in (10, 20)")
-        self.model, self.loader, self.at = model, _apart(loader), at
+        self.model, self.loader, self.at = model, loader, at
         self.shares = tuple(shares) or (cubic(1) if callable(at) else cubic(len(at)))
         if list(self.shares) != sorted(self.shares) or self.shares[-1] != 1:
             raise ValueError(f"shares={self.shares}: they rise to 1, as in (0.5, 0.75, 1)")
         if not callable(at) and len(at) != len(self.shares):
             raise ValueError(f"{len(at)} counts in at and {len(self.shares)} shares: give one share for each")
-        with evaluating(model):  # a loader that shuffles draws from torch's RNG
-            self.example = first_sample(self.loader) if example_inputs is None else example_inputs
+        with undisturbed(loader):
+            self.example = first_sample(loader) if example_inputs is None else example_inputs
         self.budget = {"flops": flops, "params": params, "blocks": blocks}
         self.options = {"criterion": resolve(criterion), "ignored_layers": ignored_layers}
         self.whole = self.now = self._sizes()
@@ -180,11 +180,3 @@ class GradualPruning:
             if left["blocks"] <= 0:  # none may go at this stage, whatever else is still to be met
                 return {}
         return left
-
-
-def _apart(loader: Iterable[Any]) -> Iterable[Any]:
-    """The loader; of a DataLoader with workers that persist a copy, for it has one iterator, which a loop is amid."""
-    if getattr(loader, "persistent_workers", False):
-        loader = copy.copy(loader)
-        loader._iterator = None  # type: ignore[attr-defined]
-    return loader

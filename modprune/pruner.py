@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from modprune._processes import check_alike, everyones, from_first, place
+from modprune._random import undisturbed
 from modprune.blocks import Block, Blocks, find_blocks
 from modprune.budget import Budget, Candidate, choose
 from modprune.cost import count_macs, count_params, latency_by_module, macs_by_module
@@ -126,7 +127,9 @@ class ModularityPruner:
                 continue
             if not blocks:
                 raise ValueError(f"{type(model).__name__} has no block that can be removed; refused: {blocks.refused}")
-            scores = _of_all(self.criterion(model, blocks, self.loader))
+            with undisturbed(self.loader):
+                scores = self.criterion(model, blocks, self.loader)
+            scores = _of_all(scores)
             self.scores = self.scores or scores
             if left is None:
                 continue

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.zoo_networks import NETWORKS
 from modprune import ModularityPruner, evaluate, find_blocks, modularity_curve
@@ -82,6 +84,40 @@ def test_every_criterion_plans_and_leaves_the_model_as_found(name):
     assert all(torch.equal(value, after[0][key]) for key, value in values.items())
     assert (flags, modules) == (after[1], after[2])
     assert torch.equal(rng, after[3])
+
+
+class Drawn(Dataset):
+    """Images that Python's, NumPy's and torch's generators have a part in."""
+
+    def __len__(self):
+        return 80
+
+    def __getitem__(self, index):
+        noise = random.random() + np.random.rand() + torch.rand(()).item()
+        return LABELLED[0][0][index] + noise, index % 4
+
+
+def epochs(workers, measure=None):
+    """All that a loop is given in two epochs if it calls `measure(loader)` amid the first."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    own = torch.Generator().manual_seed(0)
+    loader = DataLoader(Drawn(), 16, True, num_workers=workers, persistent_workers=workers > 0, generator=own)
+    for number in range(2):
+        for step, (images, labels) in enumerate(loader):
+            yield from (images, labels)
+            if measure and (number, step) == (0, 1):
+                measure(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("criterion", [Modularity(samples=32, repeats=1), BlockInfluence(32), Taylor(32)], ids=name_of)
+def test_a_loop_goes_on_as_if_nothing_had_been_measured_amid_it(criterion, workers):
+    model = resnet20()
+    blocks = find_blocks(model, X)
+    given, alone = list(epochs(workers, lambda loader: criterion(model, blocks, loader))), list(epochs(workers))
+    assert all(torch.equal(a, b) for a, b in zip(given, alone, strict=True))
 
 
 def test_modularity_is_the_gain_of_the_curve():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modprune._inputs import call, evaluating, first_tensor, like
+from modprune._inputs import call, evaluating, first_tensor, like, opened
 
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
 SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
@@ -23,7 +24,7 @@ ACTIVATIONS = (
 )
 LAYOUT = (
     *("View", "UnsafeView", "Reshape", "Alias", "Permute", "Transpose", "TBackward", "Roll", "Clone"),
-    *("Squeeze", "Unsqueeze", "ToCopy"),
+    *("Squeeze", "Unsqueeze", "ToCopy", "BackwardHookFunction"),
 )
 NORMS = ("NativeLayerNorm", "RmsNorm", "FusedRmsNorm")
 
@@ -59,8 +60,9 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
                 new = module._buffers[name]  # which the pass has put there; one of another shape was cut inside
                 if new is not None and (new.shape == buffer.shape or differentiable_tensors(new)):
                     module._buffers[name] = buffer
-                if not torch.equal(buffer, value):  # a write, even of the same values, would spoil graphs it is in
-                    buffer.copy_(value)
+                with suppress(NotImplementedError):  # sparse ones: none are compared, or written to in a pass
+                    if not torch.equal(buffer, value):  # a write, even of the same values, would spoil graphs it is in
+                        buffer.copy_(value)
         for module, before in attributes.items():
             _put_back(module, before)
 
@@ -142,6 +144,7 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
         RuntimeError: if the model cannot run on `inputs`; one line.
     """
     calls: dict[str, Call] = {}
+    times: Counter[str] = Counter()
     # Later layers may write into what goes in: the proof needs it as it is then.
     values: dict[Edge, Tensor] = {}
 
@@ -149,31 +152,35 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = first_tensor((args, kwargs))
         start = None if x is None else edge(x)
+        times[name] += 1  # those without gradients too
         if name in calls:
-            calls[name].times += 1
+            calls[name].times = times[name]
         elif x is not None and start is not None:
             if _is_composite(module) and start not in values:
                 with torch.no_grad():
                     values[start] = x.clone()
-            calls[name] = Call(name, module, args, kwargs, values[start] if start in values else x.detach(), start)
+            seen = values[start] if start in values else x.detach()
+            calls[name] = Call(name, module, args, kwargs, seen, start, times=times[name])
 
     @_unseen
     def after(name: str, out: Any) -> None:
         y = first_tensor(out)
         if name in calls and y is not None and calls[name].end is None:
             seen = calls[name]
-            seen.end, seen.outputs = edge(y), _sources(out, [*seen.args, *seen.kwargs.values()])
+            seen.end, seen.outputs = edge(y), _sources(out, y, [*seen.args, *seen.kwargs.values()])
             apart = [item for item, i in zip(out, seen.outputs, strict=True) if i < 0] if seen.outputs else []
             seen.others = tuple(e for item in differentiable_tensors(apart) if item is not y and (e := edge(item)))
             seen.shape, seen.form = y.shape, "" if isinstance(out, (Tensor, tuple)) else type(out).__name__
 
-    hooks = []
-    for name, module in model.named_modules():
-        if name and (leaves or _is_composite(module)) and any(True for _ in module.parameters()):
-            pre = lambda m, args, kwargs, name=name: before(name, m, args, kwargs)  # noqa: E731
-            hooks.append(module.register_forward_pre_hook(pre, with_kwargs=True))
-            hooks.append(module.register_forward_hook(lambda m, args, out, name=name: after(name, out)))
+    hooks: list[Any] = []
     try:
+        for name, module in model.named_modules():
+            if name and (leaves or _is_composite(module)) and any(True for _ in module.parameters()):
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                    continue
+                pre = lambda m, args, kwargs, name=name: before(name, m, args, kwargs)  # noqa: E731
+                hooks.append(module.register_forward_pre_hook(pre, with_kwargs=True))
+                hooks.append(module.register_forward_hook(lambda m, args, out, name=name: after(name, out)))
         with _SumsOutOfPlace():
             return calls, call(model, _differentiable(inputs))
     except Exception as error:
@@ -187,13 +194,31 @@ def _is_composite(module: nn.Module) -> bool:
     return bool(module._modules)
 
 
-def _sources(out: Any, arguments: list[Any]) -> tuple[int, ...]:
-    """For each item of a tuple the first argument, not yet taken, that is like it; -1 for none. Empty if no tuple."""
+def _sources(out: Any, first: Tensor, arguments: list[Any]) -> tuple[int, ...]:
+    """For each item of a tuple the argument, not yet taken, that stands for it; -1 for none. Empty if no tuple.
+
+    One like it: for `first`, by which the block is known, and what was not computed; else one that lies behind it.
+    """
     sources: list[int] = []
     for item in out if isinstance(out, tuple) else ():
-        likes = (i for i, argument in enumerate(arguments) if i not in sources and _is_like(item, argument))
-        sources.append(next(likes, -1))
+        free = [i for i in range(len(arguments)) if i not in sources and _is_like(item, arguments[i])]
+        if item is not first and isinstance(item, Tensor) and (end := edge(item)):
+            free = [i for i in free if (start := edge(arguments[i])) and _leads(start, end)]
+        sources.append(next(iter(free), -1))
     return tuple(sources)
+
+
+def _leads(start: Edge, end: Edge) -> bool:
+    """Whether a value is another one but for sums, activations and changes of layout."""
+    seen, stack = set(), [end]
+    while stack:
+        here = stack.pop()
+        if here == start:
+            return True
+        if here not in seen and here[0] is not None and is_any(here[0], SUMS + ACTIVATIONS + LAYOUT):
+            stack += here[0].next_functions
+        seen.add(here)
+    return False
 
 
 def _is_like(item: Any, argument: Any) -> bool:
@@ -255,8 +280,12 @@ def between(end: Any, start: Edge) -> set[Any]:
 
 
 def parameters(nodes: set[Any]) -> list[Tensor]:
-    """The leaves (parameters) among autograd nodes."""
-    return [node.variable for node in nodes if hasattr(node, "variable")]
+    """The parameters among autograd nodes; other leaves are inputs."""
+    return [node.variable for node in nodes if _is_parameter(node)]
+
+
+def _is_parameter(node: Any) -> bool:
+    return isinstance(getattr(node, "variable", None), nn.Parameter)
 
 
 def identity_path(end: Edge, start: Edge, without: Collection[Any] = ()) -> str:
@@ -299,7 +328,7 @@ def _making(node: Any, start: Edge, known: dict[Any, int]) -> int:
     stack = [node]
     while stack:
         here = stack[-1]
-        bits, unknown = known.get(here, _LEARNED if hasattr(here, "variable") else 0), []
+        bits, unknown = known.get(here, _LEARNED if _is_parameter(here) else 0), []
         if not bits:
             for following in here.next_functions:
                 # By another output than `start` one gets to what its node is made from.
@@ -323,10 +352,19 @@ def _unscaled(node: Any) -> tuple[int, ...]:
 
 
 def last_sum(end: Any) -> Any:
-    """The node of the unscaled sum of two values that ends a computation, but for activations and changes of layout."""
+    """The node of the sum that ends a computation, but for activations and changes of layout; None if it is no sum.
+
+    Of two values as they are and of its own shape: in the place of the sum, a smaller one would not fit.
+    """
     while is_any(end, ACTIVATIONS + LAYOUT) and end.next_functions[0][0] is not None:
         end = end.next_functions[0][0]
-    return end if is_any(end, SUMS) and _unscaled(end) == (0, 1) and len(operands(end)) == 2 else None
+    if not is_any(end, SUMS) or _unscaled(end) != (0, 1) or len(operands(end)) != 2:
+        return None
+    return end if all(_shape(made) == _shape((end, 0)) for made in end.next_functions if made[0]) else None
+
+
+def _shape(made: Edge) -> tuple[int, ...]:
+    return tuple(made[0]._input_metadata[made[1]].shape)
 
 
 def operands(node: Any) -> list[Any]:
@@ -337,7 +375,7 @@ def operands(node: Any) -> list[Any]:
 def users(output: Any) -> dict[Any, set[Any]]:
     """For every autograd node behind a model's output, the nodes that use its value."""
     found: dict[Any, set[Any]] = {}
-    stack: list[Any] = [tensor.grad_fn for tensor in differentiable_tensors(output)]
+    stack: list[Any] = [tensor.grad_fn for tensor in differentiable_tensors(opened(output))]
     seen = set(stack)
     while stack:
         node = stack.pop()

@@ -18,7 +18,11 @@ ONCE = "; one that can be read only once, as a generator, may have been read bef
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """`model(inputs)`, with a tuple spread over positional and a mapping over keyword arguments."""
+    """`model(inputs)`, with a tuple spread over positional and a mapping over keyword arguments.
+
+    On copies: a model may write into what it is given, and the same samples go into it again.
+    """
+    inputs = _map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):
@@ -75,6 +79,14 @@ def first_tensor(value: Any) -> Tensor | None:
             if found is not None:
                 return found
     return None
+
+
+def opened(output: Any) -> Any:
+    """A model's output as tensors and containers: of a dataclass, or an object of another kind, its attributes."""
+    if isinstance(output, (Tensor, Mapping, tuple, list)):
+        return output
+    names = output.__slots__ if hasattr(output, "__slots__") else vars(output) if hasattr(output, "__dict__") else ()
+    return {name: getattr(output, name, None) for name in names}
 
 
 def first_sample(loader: Iterable[Any]) -> Any:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from modprune._autograd import first_line
+from modprune._inputs import evaluating
 
 MARK = "modprune_kind"
 # What a shortcut may pass through in a traced block; the autograd names in `_autograd` say the same of a run one.
@@ -38,10 +41,23 @@ def shortcut_only(block: nn.Module) -> fx.GraphModule:
     kept = fx.GraphModule(whole, whole.graph, class_name=type(block).__name__)  # copies what the graph names
     for inner, module in kept.named_modules():
         module.training = block.get_submodule(inner).training
-    # Copies keep what stands in `meta`, pickle what is an attribute.
-    setattr(kept, MARK, "transition")
-    kept.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {MARK: "transition"}
+    lasting = {name: value for name, value in notes(block).items() if not hasattr(kept, name)} | {MARK: "transition"}
+    for name, value in lasting.items():
+        setattr(kept, name, value)
+    kept.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = lasting  # copies keep what stands there, pickle what is an attribute
     return kept
+
+
+def notes(block: nn.Module) -> dict[str, Any]:
+    """Plain attributes (numbers, texts) of a block, of its classes and of its sub-modules: some networks steer by them.
+
+    As in `layers[0].self_attn.batch_first`.
+    """
+    classes = type(block).__mro__[: type(block).__mro__.index(nn.Module)]
+    values = {name: value for one in reversed(classes) for name, value in vars(one).items()} | vars(block)
+    plain = {name: value for name, value in values.items() if isinstance(value, (int, float, str, type(None)))}
+    inside = {name: SimpleNamespace(**notes(child)) for name, child in block.named_children()}
+    return {name: value for name, value in (plain | inside).items() if not name.startswith("_")}
 
 
 def shortcut_parameters(block: nn.Module) -> set[int]:
@@ -102,7 +118,8 @@ def _graphs(block: nn.Module) -> Iterator[fx.Graph]:
     problems = []
     for tracer in (_Shallow(autowrap_modules=()), fx.Tracer()):  # to wrap `math` takes as long as the trace
         try:
-            graph = tracer.trace(block)
+            with evaluating(block):  # in training a block may go other ways
+                graph = tracer.trace(block)
         except Exception as error:
             problems.append(first_line(error))
         else:

@@ -19,8 +19,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from modprune._autograd import (
     ACTIVATIONS,
+    SUMS,
     Call,
     between,
+    differentiable_tensors,
+    edge,
     identity_path,
     is_any,
     last_sum,
@@ -32,7 +35,7 @@ from modprune._autograd import (
 )
 from modprune._inputs import device_of, first_tensor, to_device
 from modprune._trace import shortcut_parameters
-from modprune.bypass import norm_after
+from modprune.bypass import activation_after, norm_after
 from modprune.cost import counted_macs
 
 
@@ -108,15 +111,16 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         found, refused = _residual(calls, users(output), _held(model))
         if not found and not refused:
             calls, output = record_calls(model, inputs, leaves=True)
-            found = _plain(model, calls, users(output))
+            found, refused = _plain(model, calls, users(output))
         places = _places(model.modules())
         blocks = []
         for name, (kind, stays) in found.items():
-            rest = _with_zeros(calls[name]) if kind == "identity" else None
-            if rest is not None and _is_reordered(rest, calls[name].x):
+            x = _few_values(calls[name].x)
+            rest = _with_zeros(calls[name], x) if kind == "identity" else None
+            if rest is not None and _is_reordered(rest, x):
                 refused[name] = "it gives its input back in another order"
                 continue
-            exact = rest is not None and torch.equal(rest, calls[name].x)
+            exact = rest is not None and torch.equal(rest, x)
             blocks.append(_describe(model, calls[name], kind, stays, exact, places, macs))
     return Blocks(blocks, refused)
 
@@ -125,6 +129,8 @@ def check_bare(model: nn.Module) -> None:
     """ValueError if blocks cannot be seen or replaced safely because the model is wrapped or compiled."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(f"the model is wrapped in {type(model).__name__}: pass model.module, then wrap it anew")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model has no weights yet (it is on the meta device): load them first")
     # Version 1 wraps modules, version 2 puts DTensors in the place of parameters. To import either takes a second.
     for module in model.modules():
         if "_fsdp_wrapped_module" in module._modules or any(
@@ -228,7 +234,8 @@ def _obstacle(seen: Call, uses: dict[Any, set[Any]], held: dict[nn.Module, str])
     inside = between(seen.end[0], seen.start)
     if any(uses.get(node, set()) - inside for node, _ in seen.others):
         return "a second value that it gives back is used"
-    hidden = inside - {seen.start[0], seen.end[0]}
+    given = [made for t in differentiable_tensors([seen.args, seen.kwargs]) if (made := edge(t)) and made != seen.start]
+    hidden = inside.difference({seen.start[0], seen.end[0]}, *(between(node, seen.start) for node, _ in given))
     if any(uses.get(node, set()) - inside for node in hidden if not hasattr(node, "variable")):
         return "a value from inside it is used outside"
     return ""
@@ -240,9 +247,14 @@ def _is_fed(seen: Call) -> bool:
     return any(id(parameter) not in seen.own for parameter in parameters(between(seen.end[0], seen.start)))
 
 
-def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) -> _Found:
-    """Plain units: the convolution's output goes to the norm alone, the norm's to an activation alone."""
+def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) -> tuple[_Found, dict[str, str]]:
+    """Plain units: the convolution's output goes to the norm alone, the norm's to an activation alone.
+
+    Those that a shortcut leads around, written in the code of the network itself, are refused with that reason.
+    """
     found: _Found = {}
+    refused: dict[str, str] = {}
+    around = _passed_by(uses)
     for name, conv in calls.items():
         norm = calls.get(norm_after(model, name) or "")
         if norm is None or conv.end is None or norm.end is None or norm.start != conv.end:
@@ -251,8 +263,26 @@ def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) 
         if once and uses.get(conv.end[0]) == {norm.end[0]}:
             after = uses.get(norm.end[0], set())
             if len(after) == 1 and all(is_any(node, ACTIVATIONS) for node in after):
-                found[name] = "plain", set()
-    return found
+                if conv.end[0] in around:
+                    refused[name] = "a shortcut outside of any sub-module leads around it"
+                else:
+                    found[name] = "plain", set()
+    return found, refused
+
+
+def _passed_by(uses: dict[Any, set[Any]]) -> set[Any]:
+    """The autograd nodes on one side alone of a sum whose sides are both made from the model's inputs."""
+    around: set[Any] = set()
+    for node in {node for following in uses.values() for node in following if is_any(node, SUMS)}:
+        sides = [between(side, (None, 0)) for side in operands(node)]
+        computed = [side for side in sides if any(_is_input(node) for node in side)]
+        if len(computed) == 2:
+            around |= computed[0] ^ computed[1]
+    return around
+
+
+def _is_input(node: Any) -> bool:
+    return hasattr(node, "variable") and not isinstance(node.variable, nn.Parameter)
 
 
 def _describe(
@@ -266,7 +296,7 @@ def _describe(
 ) -> Block:
     roots = [seen.name]
     if kind == "plain" and (norm := norm_after(model, seen.name)):
-        roots.append(norm)
+        roots += [name for name in (norm, activation_after(model, norm)) if name]
     inside = {name: module for root in roots for name, module in model.get_submodule(root).named_modules(prefix=root)}
     own = {name: [p for p in module._parameters.values() if p is not None] for name, module in inside.items()}
     freed = sum(p.numel() for p in _alone(inside, roots, places) if id(p) not in stays)
@@ -293,9 +323,17 @@ def _places(modules: Iterable[nn.Module]) -> Counter[int]:
     return Counter(id(held) for module in modules for held in (*module._modules.values(), *module._parameters.values()))
 
 
-def _with_zeros(seen: Call) -> Tensor | None:
-    """What the block gives with all its parameters zero: its input, bit for bit, if the shortcut is the identity."""
-    args, kwargs = _replace_first(seen.args, seen.kwargs, seen.x.clone())
+def _few_values(x: Tensor) -> Tensor:
+    """A tensor such as `x`, with its signs, of the magnitudes 1 and 2 in an order that no change of order keeps."""
+    if x.is_complex():
+        return torch.view_as_complex(_few_values(torch.view_as_real(x.resolve_conj())))
+    size = 1 + torch.randint(2, x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    return torch.where(x < 0, -size, size)
+
+
+def _with_zeros(seen: Call, x: Tensor) -> Tensor | None:
+    """What the block makes of `x` with all its parameters zero: `x`, bit for bit, if the shortcut is the identity."""
+    args, kwargs = _replace_first(seen.args, seen.kwargs, x.clone())
     try:
         with torch.no_grad(), _zeroed(seen.module):
             return first_tensor(seen.module(*args, **kwargs))
@@ -304,8 +342,15 @@ def _with_zeros(seen: Call) -> Tensor | None:
 
 
 def _is_reordered(y: Tensor, x: Tensor) -> bool:
-    """Whether one holds the values of the other in another order."""
-    return y.shape == x.shape and not torch.equal(y, x) and torch.equal(y.flatten().sort()[0], x.flatten().sort()[0])
+    """Whether one holds the values of the other, or one value for each of them as activations give, in another order.
+
+    A norm gives more values than there were, since what it does to one depends on others.
+    """
+    if y.shape != x.shape or torch.equal(y, x):
+        return False
+    x, y = (torch.view_as_real(z.resolve_conj()) if z.is_complex() else z for z in (x, y))
+    places = [at for value in (-2, -1, 1, 2) if (at := x == value).any()]
+    return len(y.unique()) <= len(places) and any(len(y[at].unique()) > 1 for at in places)
 
 
 @contextmanager

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 from modprune._inputs import first_tensor
-from modprune._trace import shortcut_only
+from modprune._trace import MARK, notes, shortcut_only
 
 WHOLE = "modprune_nested_when_whole"
+LISTENERS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 class PassThrough(nn.Module):
@@ -22,8 +22,7 @@ class PassThrough(nn.Module):
         outputs: for each item of the tuple that the block gave, which argument stands in, by position; -1 for None.
             Empty if the block gave no tuple.
         kind: of the block that stood here, "identity" or "plain".
-        block: the block itself. Its plain attributes (numbers, texts) and those of its sub-modules stay readable, since
-            some networks steer by them, as by `layers[0].self_attn.batch_first`.
+        block: the block itself, whose plain attributes stay readable.
 
     >>> PassThrough()("x", "mask"), PassThrough(outputs=(0, -1))(hidden="x")
     ('x', ('x', None))
@@ -31,26 +30,21 @@ class PassThrough(nn.Module):
 
     def __init__(self, outputs: Sequence[int] = (), kind: str = "identity", block: nn.Module | None = None) -> None:
         super().__init__()
-        self.outputs, self.kind = tuple(outputs), kind
-        for name, value in ({} if block is None else _notes(block)).items():
+        self.modprune_outputs = tuple(outputs)
+        setattr(self, MARK, kind)
+        for name, value in ({} if block is None else notes(block)).items():
             if not hasattr(self, name):
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The first argument itself, not a copy, in the form that the block gave."""
         given = [*args, *kwargs.values()]
-        if not self.outputs:
+        if not self.modprune_outputs:
             x = first_tensor(given)
             return given[0] if x is None else x
         if isinstance(given[0], tuple):
             return given[0]
-        return tuple(given[i] if 0 <= i < len(given) else None for i in self.outputs)
-
-
-def _notes(module: nn.Module) -> dict[str, Any]:
-    plain = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str, type(None)))}
-    inside = {name: SimpleNamespace(**_notes(child)) for name, child in module.named_children()}
-    return {name: value for name, value in (plain | inside).items() if not name.startswith("_")}
+        return tuple(given[i] if 0 <= i < len(given) else None for i in self.modprune_outputs)
 
 
 class Copy(nn.Module):
@@ -66,10 +60,23 @@ class Copy(nn.Module):
 
 
 def stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) -> dict[str, nn.Module]:
-    """What takes the place of a block and, of a plain unit, of the norm and activation after it; by name."""
+    """What takes the place of a block and, of a plain unit, of the norm and activation after it; by name.
+
+    Forward hooks hear from it as they did from the block: a network may read its features through them.
+    """
+    new = _stand_ins(model, name, kind, outputs)
+    for part, module in new.items():
+        original = model.get_submodule(part)
+        module.training = original.training
+        for listeners in LISTENERS:
+            setattr(module, listeners, getattr(original, listeners))
+    return new
+
+
+def _stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) -> dict[str, nn.Module]:
     block = model.get_submodule(name)
     if kind == "identity":
-        return {name: PassThrough(outputs, block=block).train(block.training)}
+        return {name: PassThrough(outputs, block=block)}
     if kind == "transition":
         try:
             return {name: shortcut_only(block)}
@@ -79,10 +86,11 @@ def stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) ->
     if kind != "plain" or norm is None:
         raise ValueError(f"{name}: cannot be removed as a block of kind {kind!r}; find_blocks lists what can")
     activation = activation_after(model, norm)
-    new = {name: PassThrough(kind="plain", block=block), norm: nn.Identity() if activation else Copy()}
+    new: dict[str, nn.Module] = {name: PassThrough(kind="plain", block=block)}
+    new[norm] = nn.Identity() if activation else Copy()
     if activation:
         new[activation] = nn.Identity()
-    return {part: module.train(model.get_submodule(part).training) for part, module in new.items()}
+    return new
 
 
 def swap(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

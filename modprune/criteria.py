@@ -338,7 +338,8 @@ def _turned(x: Tensor, y: Tensor) -> float:
     if x.shape != y.shape:
         return 1.0
     x, y = (z.double() if z.ndim == 3 else z.flatten(1).double() for z in (x, y))
-    return 1 - float(F.cosine_similarity(x, y, dim=-1).mean())
+    cosines = F.cosine_similarity(x, y, dim=-1)
+    return 1 - float(torch.where((x == y).all(-1), 1, cosines).mean())  # of what is unchanged, zeros too
 
 
 def _along_points(

@@ -34,14 +34,15 @@ def save(model: nn.Module, path: str | Path) -> None:
     that `load` can rebuild the model from the unpruned one without example inputs.
 
     Raises:
-        OSError: if the file cannot be written; ValueError: for a module whose extra state is no tensor.
+        OSError: if the file cannot be written; ValueError: for a state that is no tensor, or a sparse one.
     """
     model = _bare(model)
     state = model.state_dict()
-    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if odd:
-        kind = type(state[odd[0]]).__name__
-        raise ValueError(f"{odd[0]}: a {kind} in the state dict, and the file holds tensors alone")
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: a {type(value).__name__} in the state dict, and the file holds tensors alone")
+        if value.layout != torch.strided or value.dtype == torch.complex128:
+            raise ValueError(f"{name}: {value.layout} of {value.dtype}, which safetensors cannot hold")
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
     structure = {
         "plan": json.loads(removed_blocks(model).to_json()),
@@ -76,7 +77,6 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ValueError(f"{path}: its header is damaged: get it anew")
     if model is None:
         model = _build(path, header["cifar_resnet"], most=len(tensors) + len(plan.remove))
-        model.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), None))
     try:
         trial = copy.deepcopy(model)
     except RuntimeError as error:
@@ -91,6 +91,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         except ValueError as error:
             raise ValueError(f"{path}: a file of another network: {error}") from error
         _check_fit(path, candidate, tensors)
+        _take_types(candidate, tensors)
         _fill(candidate, tensors)
     return model
 
@@ -123,6 +124,13 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     _check_fit(path, model, tensors)
     _fill(model, tensors)
     return model
+
+
+def _take_types(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """What is filled in is to be what was saved: float32 would round float64."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in tensors:  # all but what is not to be saved
+            tensor.data = tensor.data.to(tensors[name].dtype)
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from modprune._autograd import first_line, traceable
 from modprune._depgraph import dependency_graph
-from modprune._inputs import batch_size, call, device_of, evaluating, first_tensor, to_device
+from modprune._inputs import batch_size, call, device_of, evaluating, first_tensor, opened, to_device
 from modprune._trace import MARK, traced_kind, traced_outputs
 from modprune.blocks import Block, check_bare, find_blocks
 from modprune.bypass import PassThrough, norm_after, stand_ins, swap
@@ -112,7 +112,7 @@ def removed_blocks(model: nn.Module) -> PruningPlan:
     removed = {}
     for name, module in model.named_modules():
         if isinstance(module, PassThrough):
-            removed[name] = module.kind, module.outputs
+            removed[name] = getattr(module, MARK), module.modprune_outputs
         elif getattr(module, MARK, "") == "transition":
             removed[name] = "transition", ()
     kinds, outputs = zip(*removed.values(), strict=True) if removed else ((), ())
@@ -159,12 +159,14 @@ def _problem(
     """What is wrong with a pruned model that has `new` in the blocks' places; empty if nothing is."""
     passed: dict[str, tuple[Tensor | None, int]] = {}
 
-    def look(name: str, args: Any, kwargs: Any, out: Any) -> None:
+    def look(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if module is not new[name]:
+            return  # the block itself, whose hooks it has
         x = first_tensor((args, kwargs))
         passed[name] = (x, x._version) if x is not None and x is first_tensor(out) else (None, 0)
 
     hooks = [
-        module.register_forward_hook(lambda _, *seen, name=name: look(name, *seen), with_kwargs=True)
+        module.register_forward_hook(lambda *seen, name=name: look(name, *seen), with_kwargs=True)
         for name, module in new.items()
     ]
     try:
@@ -236,7 +238,7 @@ def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(opened(output)) if isinstance(leaf, Tensor)]
 
 
 def _rebuild_graph(model: nn.Module, example_inputs: Any) -> None:

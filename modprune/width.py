@@ -138,7 +138,7 @@ def _coupled(graph: Any, root: nn.Module, region: set[nn.Module]) -> set[nn.Modu
         takers |= {layer.module for layer in layers if layer}
         onward = [following for following, layer in zip(node.outputs, layers, strict=True) if not layer]
         onward += [] if _mixes(node.module) else node.inputs
-        if not all(_mixes(other.module) or _keeps_apart(other) for other in onward):
+        if not all(_mixes(other.module) or _keeps_apart(other, root) for other in onward):
             return set()
         stack += onward
     losing = {node.module for node in seen if any(True for _ in node.module.parameters())}
@@ -155,12 +155,23 @@ def _layer(node: Any) -> Any:
     return node.outputs[0] if product and isinstance(node.outputs[0].module, nn.Linear) else None
 
 
-def _keeps_apart(node: Any) -> bool:
-    """Whether a node computes each channel of its output from the same channel of its inputs."""
+def _keeps_apart(node: Any, root: nn.Module) -> bool:
+    """Whether a node computes each channel of its output from the same channel of its inputs, which `root` gave."""
     if isinstance(node.module, _BatchNorm) or _is_depthwise(node.module):
         return True
     layer = isinstance(node.module, nn.Parameter) or any(True for _ in node.module.parameters())
-    return not layer and node.grad_fn is not None and is_any(node.grad_fn, SUMS + ACTIVATIONS + LAYOUT + APART)
+    if layer or node.grad_fn is None or not is_any(node.grad_fn, SUMS + ACTIVATIONS + LAYOUT + APART):
+        return False
+    return not (is_any(node.grad_fn, ("Mean", "Roll")) and _goes_along_channels(node.grad_fn, root))
+
+
+def _goes_along_channels(step: Any, root: nn.Module) -> bool:
+    """Whether a mean or a roll is over the dimension in which `root` has its channels, or over all."""
+    before, output = step.next_functions[0]
+    dimensions = len(before._input_metadata[output].shape)
+    over = getattr(step, "_saved_dim", None) or getattr(step, "_saved_dims", None) or range(dimensions)
+    signed = (d - 2**64 if d >= 2**63 else d for d in over)  # negative ones come as unsigned
+    return (1 if isinstance(root, _ConvNd) else dimensions - 1) in {d % dimensions for d in signed}
 
 
 def _mixes(module: Any) -> bool:

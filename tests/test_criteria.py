@@ -29,6 +29,7 @@ from modprune.criteria import (
     ModularityDrop,
     Random,
     Taylor,
+    _turned,
     linear_cka,
     name_of,
 )
@@ -118,6 +119,13 @@ def test_a_loop_goes_on_as_if_nothing_had_been_measured_amid_it(criterion, worke
     blocks = find_blocks(model, X)
     given, alone = list(epochs(workers, lambda loader: criterion(model, blocks, loader))), list(epochs(workers))
     assert all(torch.equal(a, b) for a, b in zip(given, alone, strict=True))
+
+
+def test_a_block_that_does_nothing_turns_nothing_where_channels_are_dead():
+    x = torch.randn(4, 6, 8).relu()
+    x[:, :3] = 0
+    assert _turned(x, x.clone()) == 0
+    assert _turned(x, -x) == pytest.approx(1)  # half of it turned back, half unchanged
 
 
 def test_modularity_is_the_gain_of_the_curve():

@@ -173,3 +173,37 @@ def test_no_channels_that_can_go():
     model = torchvision.models.alexnet().eval()
     with pytest.raises(ValueError, match="has no channels inside its blocks"):
         choose_cuts(model, find_blocks(model, X), X, 0.5, ignored=["features", "classifier"])
+
+
+class Gated(nn.Module):
+    def __init__(self, gate) -> None:
+        super().__init__()
+        self.a, self.b, self.gate = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), gate
+
+    def forward(self, x):
+        return x + self.b(self.gate(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("gate", "apart"),
+    [
+        (lambda h: h * h.mean((2, 3), keepdim=True).sigmoid(), True),
+        (lambda h: h * h.mean(-1, keepdim=True).sigmoid(), True),
+        (lambda h: h * h.mean(1, keepdim=True).sigmoid(), False),
+        (lambda h: h * h.mean(-3, keepdim=True).sigmoid(), False),
+        (lambda h: h * h.mean().sigmoid(), False),
+        (lambda h: h.roll((1, 1), (2, 3)), True),
+        (lambda h: h.roll(1, 1), False),
+    ],
+)
+def test_channels_that_are_averaged_or_rolled_together_stay(gate, apart):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Gated(gate), nn.Flatten(), nn.Linear(8 * 64 * 64, 4)).eval()
+    blocks = find_blocks(model, X)
+    if not apart:
+        with pytest.raises(ValueError, match="has no channels inside its blocks"):
+            choose_cuts(model, blocks, X, 0.5)
+        return
+    cuts = choose_cuts(model, blocks, X, 0.5)
+    narrowed = copy.deepcopy(model)
+    narrow(narrowed, cuts, X)
+    torch.testing.assert_close(outputs(narrowed, X), outputs(masked(model, cuts, lambda name: name), X))

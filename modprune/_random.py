@@ -20,13 +20,16 @@ def undisturbed(loader: object) -> Iterator[None]:
     Put back are all random generators, and the pass of a DataLoader whose workers persist: it has only one at a time,
     and a new one would take the workers of the old one away.
     """
-    state, under_way = random_state(loader), getattr(loader, "_iterator", None)
+    state, under_way = random_state(None), getattr(loader, "_iterator", None)
+    own = [(generator, generator.get_state()) for generator in _generators(loader)]  # accelerate's gets one in a pass
     if under_way is not None:
         loader._iterator = None  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        set_random_state(state, loader)
+        set_random_state(state, None)
+        for generator, found in own:
+            generator.set_state(found)
         if under_way is not None:
             loader._iterator = under_way  # type: ignore[attr-defined]
 

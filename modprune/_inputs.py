@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any
 
@@ -82,11 +83,12 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def opened(output: Any) -> Any:
-    """A model's output as tensors and containers: of a dataclass, or an object of another kind, its attributes."""
+    """A model's output as tensors and containers: of a dataclass its fields, of any other object its attributes."""
     if isinstance(output, (Tensor, Mapping, tuple, list)):
         return output
-    names = output.__slots__ if hasattr(output, "__slots__") else vars(output) if hasattr(output, "__dict__") else ()
-    return {name: getattr(output, name, None) for name in names}
+    if is_dataclass(output):
+        return {field.name: getattr(output, field.name) for field in fields(output)}
+    return getattr(output, "__dict__", {})
 
 
 def first_sample(loader: Iterable[Any]) -> Any:

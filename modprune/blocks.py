@@ -335,7 +335,7 @@ def _with_zeros(seen: Call, x: Tensor) -> Tensor | None:
     """What the block makes of `x` with all its parameters zero: `x`, bit for bit, if the shortcut is the identity."""
     args, kwargs = _replace_first(seen.args, seen.kwargs, x.clone())
     try:
-        with torch.no_grad(), _zeroed(seen.module):
+        with torch.no_grad(), zeroed(seen.module):
             return first_tensor(seen.module(*args, **kwargs))
     except Exception:  # a cache among the arguments has grown since, and does not fit a second time
         return None
@@ -354,8 +354,8 @@ def _is_reordered(y: Tensor, x: Tensor) -> bool:
 
 
 @contextmanager
-def _zeroed(module: nn.Module) -> Iterator[None]:
-    """Zeros in the place of all parameters; quicker than `torch.func.functional_call`, which looks for ties first."""
+def zeroed(module: nn.Module) -> Iterator[None]:
+    """Zeros in the place of a module's parameters; quicker than `torch.func.functional_call`, which looks for ties."""
     places = [(inner, name) for inner in module.modules() for name, p in inner._parameters.items() if p is not None]
     originals = [inner._parameters[name] for inner, name in places]
     try:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from modprune._autograd import first_line, traceable
 from modprune._depgraph import dependency_graph
 from modprune._inputs import batch_size, call, device_of, evaluating, first_tensor, opened, to_device
 from modprune._trace import MARK, traced_kind, traced_outputs
-from modprune.blocks import Block, check_bare, find_blocks
+from modprune.blocks import Block, check_bare, find_blocks, zeroed
 from modprune.bypass import PassThrough, norm_after, stand_ins, swap
 from modprune.cost import count_params
 from modprune.plan import PruningPlan
@@ -78,7 +78,8 @@ def remove_blocks(
             each block alone if empty.
         outputs: the form of what each gives back, see `Block.outputs`; found out in the same way if empty.
         example_inputs: if given, `find_blocks` has the word on what can go and how, and the surgery is proven: outputs
-            have the shapes they had and the parameters fell by what the blocks hold. A dependency graph is built; where
+            have the shapes they had, and the values they have with the blocks' parameters zero where each gives its
+            input back then; and the parameters fell by what the blocks hold. A dependency graph is built; where
             torch-pruning cannot build one, a warning says so.
 
     Raises:
@@ -95,13 +96,14 @@ def remove_blocks(
         swap(model, _merged([stand_ins(model, *block) for block in zip(names, kinds, forms, strict=True)]))
         return model
     blocks = _choose(model, names, kinds, example_inputs)
-    before = _shapes(_outputs(model, example_inputs))
+    before, skipped = _shapes(_outputs(model, example_inputs)), _skipped(model, blocks, example_inputs)
     new = [stand_ins(model, block.name, block.kind, block.outputs) for block in blocks]
     most = count_params(model) - sum(block.params for block in blocks)  # fewer if they share some among themselves
     originals = swap(model, _merged(new))
-    if problem := _problem(model, _merged(new), example_inputs, before, most):
+    if problem := _problem(model, _merged(new), example_inputs, before, most, skipped):
         swap(model, originals)
-        culprit = _culprit(model, new, example_inputs, before) or f"{names[0]} and the others together"
+        alone = zip(new, ([block] for block in blocks), strict=True)
+        culprit = _culprit(model, alone, example_inputs, before) or f"{names[0]} and the others together"
         raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was")
     _rebuild_graph(model, example_inputs)
     return model
@@ -153,8 +155,29 @@ def _merged(parts: Sequence[dict[str, nn.Module]]) -> dict[str, nn.Module]:
     return {name: module for part in parts for name, module in part.items()}
 
 
+def _skipped(model: nn.Module, blocks: Sequence[Block], example_inputs: Any) -> list[Tensor]:
+    """What the whole model gives with the parameters of these blocks zero; nothing where that is not to skip them."""
+    going = {block.name: set(model.get_submodule(block.name).modules()) for block in blocks}
+    inside = set[nn.Module]().union(*going.values())
+    shared = any(
+        module in inside and not any(f"{name}.".startswith(f"{block}.") for block in going)
+        for name, module in model.named_modules(remove_duplicate=False)
+    )
+    if shared or not all(block.exact for block in blocks):
+        return []
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(zeroed(model.get_submodule(block.name)))
+        return _outputs(model, example_inputs)
+
+
 def _problem(
-    model: nn.Module, new: Mapping[str, nn.Module], example_inputs: Any, before: list[tuple[int, ...]], most: int
+    model: nn.Module,
+    new: Mapping[str, nn.Module],
+    example_inputs: Any,
+    before: list[tuple[int, ...]],
+    most: int,
+    skipped: Sequence[Tensor] = (),
 ) -> str:
     """What is wrong with a pruned model that has `new` in the blocks' places; empty if nothing is."""
     passed: dict[str, tuple[Tensor | None, int]] = {}
@@ -186,6 +209,8 @@ def _problem(
     written = [name for name, (x, version) in passed.items() if x is not None and x._version != version]
     if written and not _is_harmless(model, [new[name] for name in written], example_inputs, outputs):
         return f"a layer writes in place into what now goes through {written[0]}: make it one that does not"
+    if skipped and not _same(outputs, skipped):
+        return "the output is not that of skipped blocks: some part of the network looks at them or at what they hold"
     return ""
 
 
@@ -208,6 +233,15 @@ def _is_harmless(model: nn.Module, passing: Sequence[nn.Module], example_inputs:
     return same
 
 
+def _same(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether outputs have those values; of what is found or counted, which ties may turn, nothing is said."""
+    if not all(tensor.is_floating_point() for tensor in outputs) or _shapes(outputs) != _shapes(expected):
+        return True
+    # Sums in another memory layout may be taken in another order; those that overflow say nothing.
+    pairs = ((a, b) for a, b in zip(outputs, expected, strict=True) if a.numel())
+    return not any((a - b).abs().amax() > 1e-2 * b.abs().amax() for a, b in pairs)
+
+
 def _alike(before: list[tuple[int, ...]], after: list[tuple[int, ...]], batch: int) -> bool:
     """Whether shapes are the same, but for how many things were found: a detector finds as many as it finds."""
     pairs = list(zip(before, after, strict=False))
@@ -216,19 +250,23 @@ def _alike(before: list[tuple[int, ...]], after: list[tuple[int, ...]], batch: i
 
 
 def _culprit(
-    model: nn.Module, new: Sequence[dict[str, nn.Module]], example_inputs: Any, before: list[tuple[int, ...]]
+    model: nn.Module,
+    new: Iterable[tuple[dict[str, nn.Module], list[Block]]],
+    example_inputs: Any,
+    before: list[tuple[int, ...]],
 ) -> str:
     """The name of the first block that cannot go even alone; empty if each can."""
-    for parts in new:
+    for parts, block in new:
+        skipped = _skipped(model, block, example_inputs)
         originals = swap(model, parts)
-        broken = _problem(model, parts, example_inputs, before, count_params(model))
+        broken = _problem(model, parts, example_inputs, before, count_params(model), skipped)
         swap(model, originals)
         if broken:
             return next(iter(parts))
     return ""
 
 
-def _shapes(tensors: list[Tensor]) -> list[tuple[int, ...]]:
+def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in tensors]
 
 

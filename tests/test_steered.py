@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -131,6 +132,26 @@ def test_the_attributes_of_a_block_are_read_from_what_stands_in_for_it():
     torch.testing.assert_close(model(X), expected)
 
 
+class Picky(Net):
+    """Keeps the features of its blocks, and tells these by their class."""
+
+    def forward(self, x):
+        x, kept = self.stem(x), []
+        for block in self.blocks:
+            x = block(x)
+            kept += [x] if isinstance(block, Residual) else []
+        return self.head((x + kept[1]).mean((2, 3)))
+
+
+def test_a_network_that_goes_on_in_another_way_is_refused():
+    model = Picky(Residual(), Residual(), Residual(), Residual()).eval()
+    expected = model(X)
+    with pytest.raises(RuntimeError, match=r"removing blocks\.1 failed: the output is not that of skipped blocks"):
+        PruningPlan(("blocks.3", "blocks.1")).apply(model, X)
+    assert torch.equal(model(X), expected)
+    assert find_blocks(PruningPlan(("blocks.3",)).apply(model, X), X).names == ("blocks.0", "blocks.1", "blocks.2")
+
+
 class Both(nn.Module):
     """Residual in the first value, not in the second, whatever its shape."""
 
@@ -214,13 +235,23 @@ class Heard(Residual):
         return x + self.hidden
 
 
-class Distribution(Net):
+@dataclass(slots=True)
+class Answer:
+    logits: torch.Tensor
+
+
+class Wrapped(Net):
+    def __init__(self, wrap) -> None:
+        super().__init__(Heard(), Heard())
+        self.wrap = wrap
+
     def forward(self, x):
-        return torch.distributions.Categorical(logits=super().forward(x) + self.blocks[0].hidden.mean())
+        return self.wrap(logits=super().forward(x) + self.blocks[0].hidden.mean())
 
 
-def test_the_output_may_be_an_object():
-    blocks = find_blocks(Distribution(Heard(), Heard()), X)
+@pytest.mark.parametrize("wrap", [torch.distributions.Categorical, Answer, dict])
+def test_the_output_may_be_an_object(wrap):
+    blocks = find_blocks(Wrapped(wrap), X)
     assert blocks.names == ("blocks.1",)
     assert "used outside" in blocks.refused["blocks.0"]
 

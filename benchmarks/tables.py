@@ -34,6 +34,7 @@ either; *no*: see below the table. By `python -m benchmarks.zoo`; rows come from
 that had been near 1 or above it were measured anew."""
 TRAINING_IMAGES = 50_000
 OURS = {
+    "resnet56-cifar10-restored": "blocks and a little width",
     "resnet56-cifar10": "blocks",
     "resnet56-cifar10-longer": "blocks and a little width",
     "resnet56-cifar10-quarter-longer": "blocks and width",
@@ -52,7 +53,7 @@ def load(name: str) -> dict[str, Any]:
 
 def headline() -> str:
     """Ours beside the published rows."""
-    runs = {what: load(name) for name, what in OURS.items()}
+    runs = {name: load(name) for name in OURS}
     whole = next(iter(runs.values()))
     base = whole["report"]["original"]["accuracy"]["top1"]
     lines = ["| method | Top-1 % | parameters removed % | FLOPs removed % |", "|---|---:|---:|---:|"]
@@ -61,13 +62,13 @@ def headline() -> str:
         params = "not given" if point.params is None else f"{point.params:.2f}"
         lines.append(f"| {point.method} | {point.top1:.2f} | {params} | {point.macs:.2f} |")
     lines.append(f"| ResNet56, base of modprune | {base:.2f} | 0 | 0 |")
-    for what, run in runs.items():
+    for name, run in runs.items():
         removed = run["report"]["params_removed"], run["report"]["flops_removed"]["fvcore"]
         cells = [f"**{value:.2f}**" for value in (_top1(run), 100 * removed[0], 100 * removed[1])]
-        lines.append(_row([f"**modprune, {what}**", *cells]))
+        lines.append(_row([f"**modprune, {len(run['removed'])} {OURS[name]}**", *cells]))
     gains = [f"{_top1(run) - base:+.2f}" for run in runs.values()]
     note = (
-        f"{len(whole['removed'])} of {len(whole['scores'])} blocks removed from each of ours; one seed, last epoch; "
+        f"Of {len(whole['scores'])} blocks; one seed, last epoch; "
         f"FLOPs as fvcore counts. Against its own base: ours {', '.join(gains)}; {LU.method} {LU.top1 - LU.base:+.2f}. "
         f"Our networks, in `benchmarks/results`: {', '.join(f'`{name}.safetensors`' for name in OURS)}."
     )
@@ -101,6 +102,7 @@ def _chain(run: dict[str, Any]) -> list[dict[str, Any]]:
 def _new(run: dict[str, Any]) -> str:
     before = run.get("before")
     new = [] if before else [f"{len(run['removed'])} blocks removed by modularity, jointly"]
+    new += [f"{' and '.join(run['restored'])} restored"] if run.get("restored") else []
     where = f"of {run['within']} " if run.get("within") else ""
     new += [f"{run['width']:.0%} of the inner channels {where}cut"] if run.get("width") else []
     if not before or before["recipe"]["teacher"] != run["recipe"]["teacher"]:

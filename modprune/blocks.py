@@ -115,12 +115,14 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         places = _places(model.modules())
         blocks = []
         for name, (kind, stays) in found.items():
-            x = _few_values(calls[name].x)
-            rest = _with_zeros(calls[name], x) if kind == "identity" else None
-            if rest is not None and _is_reordered(rest, x):
-                refused[name] = "it gives its input back in another order"
-                continue
-            exact = rest is not None and torch.equal(rest, x)
+            exact = False
+            if kind == "identity":
+                x = _few_values(calls[name].x)
+                rest = _with_zeros(calls[name], x)
+                if rest is not None and _is_reordered(rest, x):
+                    refused[name] = "it gives its input back in another order"
+                    continue
+                exact = rest is not None and torch.equal(rest, x)
             blocks.append(_describe(model, calls[name], kind, stays, exact, places, macs))
     return Blocks(blocks, refused)
 

@@ -1,12 +1,12 @@
 """The real run, continued: the network of an earlier run learns once more, from several teachers.
 
     python -m benchmarks.resnet56_again --data-dir DIR --weights FILE --teachers FILE FILE [--start NAME] [--name NAME]
-        [--restore BLOCK BLOCK] [--width R [--within BLOCK]] [--mixed K]
+        [--restore BLOCK BLOCK] [--remove BLOCK BLOCK] [--width R [--within BLOCK]] [--mixed K]
 
 A student that has come as near to one teacher as it can still gains from the mean of several, and from images that
 none of them has learnt by heart: those that CutMix makes. Starts from benchmarks/results/START.safetensors. With
---restore, blocks that are gone from it come back first, and with --width, torch-pruning then cuts that fraction of the
-channels inside the blocks that stay. Resumable: the same command goes on where a killed one was. The weights are those
+--restore, blocks that are gone from it come back first, with --remove, others go, and with --width, torch-pruning then
+cuts that fraction of the channels inside the blocks that stay. Resumable: the same command goes on where a killed one was. The weights are those
 of the last epoch; test images choose nothing.
 """
 
@@ -61,6 +61,7 @@ def main(
     start: str,
     name: str,
     restore: Sequence[str],
+    remove: Sequence[str],
     width: float,
     within: str | None,
     mixed: int,
@@ -73,7 +74,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_weights(models.resnet56(), weights)
     pruned = restored(load(RESULTS / f"{start}.safetensors"), network, restore)
-    pruned = narrowed(pruned, width, within)
+    pruned = narrowed(PruningPlan(tuple(remove)).apply(pruned, EXAMPLE), width, within)
     pruned.to(device, memory_format=torch.channels_last)
     train, test = with_mixed(cifar10(data_dir, train=True), mixed, seed), cifar10(data_dir, train=False)
     taught_by = Ensemble([teacher(path) for path in (weights, *teachers)]).to(device, memory_format=torch.channels_last)
@@ -89,12 +90,15 @@ def main(
         **asdict(recipe),
     )
     names = [path.name for path in (weights, *teachers)]
-    back, only = f" --restore {' '.join(restore)}" if restore else "", f" --within {within}" if within else ""
+    back = f" --restore {' '.join(restore)}" if restore else ""
+    gone = f" --remove {' '.join(remove)}" if remove else ""
+    only = f" --within {within}" if within else ""
     facts = {
         "command": "python -m benchmarks.resnet56_again --data-dir DIR --weights FILE"
-        f" --teachers {' '.join(names[1:])} --start {start} --name {name}{back} --width {width}{only}"
+        f" --teachers {' '.join(names[1:])} --start {start} --name {name}{back}{gone} --width {width}{only}"
         f" --mixed {mixed} --epochs {epochs} --lr {lr} --seed {seed}",
         "restored": list(restore),
+        "removed_again": list(remove),
         "width": width,
         "within": within,
         "mixed": mixed,
@@ -184,6 +188,7 @@ if __name__ == "__main__":
     parser.add_argument("--start", default="resnet56-cifar10-first", help="result whose network learns once more")
     parser.add_argument("--name", default="resnet56-cifar10", help="result to write, and folder in runs/ to work in")
     parser.add_argument("--restore", nargs="+", default=(), metavar="BLOCK", help="blocks that come back first")
+    parser.add_argument("--remove", nargs="+", default=(), metavar="BLOCK", help="blocks that go first")
     parser.add_argument("--width", type=float, default=0.0, help="fraction of the channels inside blocks to cut first")
     parser.add_argument("--within", help="the only block to cut channels in")
     parser.add_argument("--mixed", type=int, default=0, help="images made by CutMix, for each of the training set")

@@ -6,8 +6,8 @@
 A student that has come as near to one teacher as it can still gains from the mean of several, and from images that
 none of them has learnt by heart: those that CutMix makes. Starts from benchmarks/results/START.safetensors. With
 --restore, blocks that are gone from it come back first, with --remove, others go, and with --width, torch-pruning then
-cuts that fraction of the channels inside the blocks that stay. Resumable: the same command goes on where a killed one was. The weights are those
-of the last epoch; test images choose nothing.
+cuts that fraction of the channels inside the blocks that stay. Resumable: the same command goes on where a killed one
+was. The weights are those of the last epoch; test images choose nothing.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modprune._inputs import call, evaluating, first_tensor, like, opened
+from modprune._inputs import arguments, call, evaluating, first_tensor, like, opened
 
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
 SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
@@ -167,7 +167,7 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
         y = first_tensor(out)
         if name in calls and y is not None and calls[name].end is None:
             seen = calls[name]
-            seen.end, seen.outputs = edge(y), _sources(out, y, [*seen.args, *seen.kwargs.values()])
+            seen.end, seen.outputs = edge(y), _sources(out, y, arguments(seen.args, seen.kwargs))
             apart = [item for item, i in zip(out, seen.outputs, strict=True) if i < 0] if seen.outputs else []
             seen.others = tuple(e for item in differentiable_tensors(apart) if item is not y and (e := edge(item)))
             seen.shape, seen.form = y.shape, "" if isinstance(out, (Tensor, tuple)) else type(out).__name__
@@ -194,16 +194,16 @@ def _is_composite(module: nn.Module) -> bool:
     return bool(module._modules)
 
 
-def _sources(out: Any, first: Tensor, arguments: list[Any]) -> tuple[int, ...]:
+def _sources(out: Any, first: Tensor, given: list[Any]) -> tuple[int, ...]:
     """For each item of a tuple the argument, not yet taken, that stands for it; -1 for none. Empty if no tuple.
 
     One like it: for `first`, by which the block is known, and what was not computed; else one that lies behind it.
     """
     sources: list[int] = []
     for item in out if isinstance(out, tuple) else ():
-        free = [i for i in range(len(arguments)) if i not in sources and _is_like(item, arguments[i])]
+        free = [i for i in range(len(given)) if i not in sources and _is_like(item, given[i])]
         if item is not first and isinstance(item, Tensor) and (end := edge(item)):
-            free = [i for i in free if (start := edge(arguments[i])) and _leads(start, end)]
+            free = [i for i in free if (start := edge(given[i])) and _leads(start, end)]
         sources.append(next(iter(free), -1))
     return tuple(sources)
 

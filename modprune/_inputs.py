@@ -38,6 +38,15 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What a module was given, positional before keyword; of a tuple that comes first, its items.
+
+    A Sequential whose layers have several values to hand on hands on one tuple of them.
+    """
+    given = [*args, *kwargs.values()]
+    return [*given[0], *given[1:]] if given and isinstance(given[0], tuple) else given
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor inside it on `device`; a mapping becomes a dict, other containers keep their type."""
     # A copy to the CPU that does not block may be read before it is there.

@@ -53,7 +53,7 @@ class Block:
         exact: whether the block with all parameters zero gave its input back bit for bit, the proof that the
             shortcut is the identity; False for other kinds and where an activation follows that alters its input.
         outputs: for each item of the tuple that it gives back, which of its arguments stands in once it is gone, by
-            position; -1 for None. Empty for a tensor alone.
+            position (of a tuple that comes first, its items count); -1 for None. Empty for a tensor alone.
     """
 
     name: str

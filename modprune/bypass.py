@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modprune._inputs import first_tensor
+from modprune._inputs import arguments, first_tensor, like
 from modprune._trace import MARK, notes, shortcut_only
 
 WHOLE = "modprune_nested_when_whole"
@@ -19,8 +19,8 @@ class PassThrough(nn.Module):
     """Gives its first argument back, the first that is a tensor or holds one, and ignores the others.
 
     Args:
-        outputs: for each item of the tuple that the block gave, which argument stands in, by position; -1 for None.
-            Empty if the block gave no tuple.
+        outputs: for each item of the tuple that the block gave, which argument stands in, by position (of a tuple that
+            comes first, its items count); -1 for None. Empty if the block gave no tuple.
         kind: of the block that stood here, "identity" or "plain".
         block: the block itself, whose plain attributes stay readable.
 
@@ -38,13 +38,13 @@ class PassThrough(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The first argument itself, not a copy, in the form that the block gave."""
-        given = [*args, *kwargs.values()]
+        given = arguments(args, kwargs)
         if not self.modprune_outputs:
             x = first_tensor(given)
             return given[0] if x is None else x
-        if isinstance(given[0], tuple):
-            return given[0]
-        return tuple(given[i] if 0 <= i < len(given) else None for i in self.modprune_outputs)
+        items = [given[i] if 0 <= i < len(given) else None for i in self.modprune_outputs]
+        whole = next(iter((*args, *kwargs.values())), None)
+        return like(whole, items) if isinstance(whole, tuple) and len(whole) == len(items) else tuple(items)
 
 
 class Copy(nn.Module):

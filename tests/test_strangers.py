@@ -248,6 +248,34 @@ def test_the_tensor_goes_on_wherever_it_stands(block, run):
     torch.testing.assert_close(model(X), model.head(model.stem(X).mean((2, 3))))
 
 
+State = namedtuple("State", "x scale")
+
+
+class Threaded(Residual):
+    """Takes and gives all that goes on in one tuple, as blocks of a Sequential have to."""
+
+    def forward(self, state):
+        x, scale = state
+        return State(x + scale * F.relu(self.norm(self.conv(x))), scale)
+
+
+class Handing(Net):
+    def forward(self, x):
+        state = State(self.stem(x), x.mean())
+        for block in self.blocks:
+            state = block(state)
+        return self.head(state.x.mean((2, 3)))
+
+
+def test_blocks_that_hand_on_one_tuple():
+
+    model = Handing(Threaded(), Threaded(), Threaded()).eval()
+    assert [block.outputs for block in find_blocks(model, X)] == [(0, 1)] * 3
+    PruningPlan(("blocks.0", "blocks.2")).apply(model, X)
+    out = model.blocks[1](State(model.stem(X), X.mean()))
+    torch.testing.assert_close(model(X), model.head(out.x.mean((2, 3))))
+
+
 def test_a_second_value_that_is_used_keeps_the_block():
     refused = find_blocks(Own(Aside, with_aside), X).refused
     assert refused == dict.fromkeys(("blocks.0", "blocks.1"), "a second value that it gives back is used")

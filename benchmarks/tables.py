@@ -103,6 +103,7 @@ def _new(run: dict[str, Any]) -> str:
     before = run.get("before")
     new = [] if before else [f"{len(run['removed'])} blocks removed by modularity, jointly"]
     new += [f"{' and '.join(run['restored'])} restored"] if run.get("restored") else []
+    new += [f"{' and '.join(run['removed_again'])} removed again"] if run.get("removed_again") else []
     where = f"of {run['within']} " if run.get("within") else ""
     new += [f"{run['width']:.0%} of the inner channels {where}cut"] if run.get("width") else []
     if not before or before["recipe"]["teacher"] != run["recipe"]["teacher"]:

@@ -98,4 +98,4 @@ def check_writable(folder: Path) -> None:
 def check_empty(folder: Path) -> None:
     """Raises ValueError if `folder` holds states: a later resume could not tell two runs apart."""
     if states(folder):
-        raise ValueError(f"{folder}: holds an unfinished run: resume it, or give another folder")
+        raise ValueError(f"{folder}: holds the state of a run: resume it, or give another folder")

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modprune._environment import commit, environment
 from modprune._files import write_text
 from modprune._inputs import device_of
 from modprune._processes import everyones, meet
-from modprune.checkpoints import check_empty, check_writable, states
+from modprune.checkpoints import check_empty, check_writable
 from modprune.criteria import Criterion, name_of, resolve
 from modprune.data import ImageData, ImageLoader
 from modprune.distill import CachedTeacher
@@ -53,8 +54,8 @@ def prune_job(
 ) -> Report:
     """Prune an image classifier and recover it; the original stays as it was.
 
-    Writes to `out`: `run.json` (arguments, versions, commit, host), `plan.json`, `curve.json` and `curve.png` (if
-    blocks are chosen by modularity), `metrics.csv` after each epoch, `model.safetensors`,
+    Writes to `out`: `run.json` (arguments, versions, commit, host, whether it is finished), `plan.json`, `curve.json`
+    and `curve.png` (if blocks are chosen by modularity), `metrics.csv` after each epoch, `model.safetensors`,
     `report.json`, `report.md`; while it trains also `checkpoints/`. Files are whole or not there at any moment.
 
     Args:
@@ -72,22 +73,26 @@ def prune_job(
 
     Raises:
         ValueError: for a budget that cannot be met, a folder with an unfinished run without `resume`, or with a run of
-            other arguments (but for the number of epochs).
+            other arguments, weights or images (but for the number of epochs, while it is unfinished).
         OSError: if `out` cannot be written.
     """
     out, device = Path(out), device_of(model)
     first, checkpoints = meet(device), out / "checkpoints"
     budgets = {"flops": flops, "params": params, "blocks": blocks, "latency": latency, "width": width}
     rest = {"recipe": recipe and asdict(recipe), "batch_size": batch_size, "pad": pad, "seed": seed}
-    arguments = {"network": type(model).__name__, "criterion": name_of(resolve(criterion)), **budgets, **rest}
+    made_of = {
+        "network": type(model).__name__,
+        "weights": _digest(value for value in model.state_dict().values() if isinstance(value, Tensor)),
+        "images": _digest([train.images, train.labels]),
+    }
+    arguments = {**made_of, "criterion": name_of(resolve(criterion)), **budgets, **rest}
     # Before the minutes of measuring, not after.
     check_names(log_with)
     check_writable(out)
     if not 1 <= batch_size <= len(train):
         raise ValueError(f"batch_size={batch_size}: from 1 to the {len(train)} training images is needed")
     if resume:
-        _check_same(out, arguments)
-        if (out / "report.json").exists() and not states(checkpoints):
+        if _check_same(out, arguments):
             return _report_anew(model, test, out)
     else:
         check_empty(checkpoints)
@@ -98,9 +103,8 @@ def prune_job(
         pruner = ModularityPruner(model, example, calibration, criterion, **budgets)  # type: ignore[arg-type]
         plan = pruner.plan()
         if first:
+            _describe(out, arguments, device)  # first: no plan without a word on whose it is
             _write_plan(pruner, out)
-    if first:
-        _describe(out, arguments, device)
     pruned = plan.apply(copy.deepcopy(model), example)
     if recipe is not None:
         loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device)
@@ -116,20 +120,22 @@ def prune_job(
     if first:
         save(pruned, out / "model.safetensors")
         _write_report(report, plan, out)
+        _describe(out, arguments, device, finished=True)
         shutil.rmtree(checkpoints, ignore_errors=True)
     everyones(None)  # nobody goes on before the files are there
     return report
 
 
-def _check_same(out: Path, arguments: Mapping[str, Any]) -> None:
-    """ValueError if the run in `out` had other arguments: one plan, order and record would not fit the other."""
+def _check_same(out: Path, arguments: Mapping[str, Any]) -> bool:
+    """Whether the run in `out` is finished; ValueError if it had other arguments: its plan and order would not fit."""
     record = out / "run.json"
     if not record.exists():
-        return
+        return False
     mine = json.loads(json.dumps(arguments))
     try:
-        theirs = json.loads(record.read_text())["arguments"]
-        for recipe in (theirs["recipe"], mine["recipe"]):
+        found = json.loads(record.read_text())
+        theirs, finished = found["arguments"], bool(found["finished"])
+        for recipe in (theirs["recipe"], mine["recipe"]) if not finished else ():
             (recipe or {}).pop("epochs", None)  # they may become more
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{record}: not the record of a run of modprune prune; give another folder") from None
@@ -137,6 +143,7 @@ def _check_same(out: Path, arguments: Mapping[str, Any]) -> None:
     if other:
         had, has = ({name: values.get(name) for name in other} for values in (theirs, mine))
         raise ValueError(f"{out}: the run there has {had}, this one {has}: resume it as it was, or give another folder")
+    return finished
 
 
 def _report_anew(model: nn.Module, test: ImageData, out: Path) -> Report:
@@ -163,10 +170,19 @@ def _write_plan(pruner: ModularityPruner, out: Path) -> None:
     plan.to_json(out / "plan.json")
 
 
-def _describe(out: Path, arguments: dict[str, Any], device: torch.device) -> None:
+def _describe(out: Path, arguments: dict[str, Any], device: torch.device, finished: bool = False) -> None:
     """`run.json`: what somebody needs to know of the run a year later."""
     place = {"device": str(device), "host": platform.node(), "folder": str(Path.cwd()), "commit": commit(Path.cwd())}
-    write_text(out / "run.json", json.dumps({"arguments": arguments, **place, **environment()}, indent=2) + "\n")
+    facts = {"arguments": arguments, "finished": finished, **place, **environment()}
+    write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """A few letters that are others for other values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _story(plan: PruningPlan) -> str:

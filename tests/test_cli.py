@@ -186,7 +186,7 @@ def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (cut / "model.safetensors").exists()
-    assert "holds an unfinished run" in str(in_process(*prune(weights, cut, *options)).exception)
+    assert "holds the state of a run" in str(in_process(*prune(weights, cut, *options)).exception)
     assert in_process(*prune(weights, cut, *options, "--resume")).exit_code == 0
     for folder in (tmp_path / "whole", cut):
         rows = (folder / "metrics.csv").read_text().splitlines()

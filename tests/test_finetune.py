@@ -127,7 +127,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
     with pytest.raises(KeyboardInterrupt):
         run(checkpoints=tmp_path)
     monkeypatch.setattr(module, "save_state", save)
-    with pytest.raises(ValueError, match="holds an unfinished run"):
+    with pytest.raises(ValueError, match="holds the state of a run"):
         run(checkpoints=tmp_path)
     resumed, again = run(checkpoints=tmp_path, resume=True)
     assert same(whole, resumed)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
 
+from modprune import count_params, load
+from modprune import job as jobs
 from modprune.data import digits
 from modprune.job import prune_job
 from modprune.models import resnet20
@@ -23,3 +28,29 @@ def test_the_original_stays_and_test_images_choose_nothing(tmp_path):
         assert snapshot(model) == found
     for file in ("plan.json", "curve.json", "model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_run_into_the_folder_of_another_never_ends_with_its_results(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, train, test = resnet20(), digits(True), digits(False)
+    rest = {"criterion": "l1_norm", "recipe": Recipe(epochs=1, lr=0.05), "pad": 1}
+    prune_job(model, train, test, tmp_path, blocks=2, **rest)
+    for other in ({"recipe": Recipe(epochs=3, lr=0.05)}, {"seed": 1}):  # of a finished run, not even more epochs
+        with pytest.raises(ValueError, match="resume it as it was, or give another folder"):
+            prune_job(model, train, test, tmp_path, blocks=2, **(rest | other), resume=True)
+    with pytest.raises(ValueError, match=r"the run there has \{'weights': "):
+        prune_job(resnet20(), train, test, tmp_path, blocks=2, **rest, resume=True)
+    with pytest.raises(ValueError, match=r"the run there has \{'images': "):
+        prune_job(model, test, test, tmp_path, blocks=2, **rest, resume=True)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "finetune", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune_job(model, train, test, tmp_path, blocks=4, **rest)
+    report = prune_job(model, train, test, tmp_path, blocks=4, **rest, resume=True)
+    assert len(json.loads((tmp_path / "plan.json").read_text())["remove"]) == 4
+    assert report.pruned.params == count_params(load(tmp_path / "model.safetensors"))
+    assert report.params_removed > 0.05

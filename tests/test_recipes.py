@@ -112,7 +112,7 @@ def test_imagenet(tmp_path, capsys, monkeypatch):
     again = [*map(str, command), "--epochs", "3", "--resume"]
     done = subprocess.run(again, capture_output=True, text=True, env=ENV, check=False)
     assert done.returncode == 0, done.stderr
-    with pytest.raises(ValueError, match="holds an unfinished run: resume it, or give another folder"):
+    with pytest.raises(ValueError, match="holds the state of a run: resume it, or give another folder"):
         imagenet.main(imagenet.parse(list(map(str, command[2:]))))
     assert f"skipped {broken}" in done.stderr
     assert "\nunreadable images left out: 1\n" in done.stdout

@@ -153,15 +153,17 @@ def _residual(
     """Residual blocks in forward order, and names of candidates refused with the reason."""
     found: _Found = {}
     refused: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for name in sorted(calls, key=lambda name: name.count("."), reverse=True):
         seen, kind = calls[name], _kind(calls[name])
         if not kind:
             continue
+        kinds[name] = kind
         inside = set(seen.module.modules())
         inner = [other for other in (*found, *refused) if calls[other].module in inside]
         # On the path of an identity there are no transitions: those inside it are parts of its branch.
-        rivals = [other for other in inner if kind != "identity" or found.get(other, ("identity",))[0] == "identity"]
-        if not _is_more_than(seen, kind, [calls[n] for n in rivals]):
+        rivals = [calls[other] for other in inner if kind != "identity" or kinds[other] == "identity"]
+        if not _is_more_than(seen, kind, [call for call in rivals if not _is_sum_of(call, seen)]):
             continue
         try:
             if reason := _obstacle(seen, uses, held):
@@ -194,6 +196,11 @@ def _is_more_than(outer: Call, kind: str, inner: Sequence[Call]) -> bool:
     else:
         adds = identity_path(outer.end, outer.start, without=inside) == "branch"
     return adds and 3 * sum(outer.own.values()) >= 4 * sum(size for call in inner for size in call.own.values())
+
+
+def _is_sum_of(inner: Call, outer: Call) -> bool:
+    """Whether the inner one is what the outer ends with: it is given the outer's input, and its branch beside it."""
+    return inner.start == outer.start and inner.end == outer.end and _is_fed(inner)
 
 
 def _kind(seen: Call) -> str:

@@ -96,8 +96,8 @@ def remove_blocks(
         swap(model, _merged([stand_ins(model, *block) for block in zip(names, kinds, forms, strict=True)]))
         return model
     blocks = _choose(model, names, kinds, example_inputs)
-    before, skipped = _shapes(_outputs(model, example_inputs)), _skipped(model, blocks, example_inputs)
     new = [stand_ins(model, block.name, block.kind, block.outputs) for block in blocks]
+    before, skipped = _shapes(_outputs(model, example_inputs)), _skipped(model, blocks, new, example_inputs)
     most = count_params(model) - sum(block.params for block in blocks)  # fewer if they share some among themselves
     originals = swap(model, _merged(new))
     if problem := _problem(model, _merged(new), example_inputs, before, most, skipped):
@@ -155,20 +155,33 @@ def _merged(parts: Sequence[dict[str, nn.Module]]) -> dict[str, nn.Module]:
     return {name: module for part in parts for name, module in part.items()}
 
 
-def _skipped(model: nn.Module, blocks: Sequence[Block], example_inputs: Any) -> list[Tensor]:
-    """What the whole model gives with the parameters of these blocks zero; nothing where that is not to skip them."""
-    going = {block.name: set(model.get_submodule(block.name).modules()) for block in blocks}
+def _skipped(
+    model: nn.Module, blocks: Sequence[Block], new: Sequence[dict[str, nn.Module]], example_inputs: Any
+) -> list[Tensor]:
+    """What the model gives with the parameters of these blocks zero, where that is to skip them, else with `new`.
+
+    Nothing where it cannot be compared: layers are shared with blocks that stay, or the model rolls dice.
+    """
+    going = {block.name: set(model.get_submodule(block.name).modules()) for block in blocks if block.exact}
     inside = set[nn.Module]().union(*going.values())
     shared = any(
         module in inside and not any(f"{name}.".startswith(f"{block}.") for block in going)
         for name, module in model.named_modules(remove_duplicate=False)
     )
-    if shared or not all(block.exact for block in blocks):
+    if shared or not going:
         return []
+    others = _merged([parts for block, parts in zip(blocks, new, strict=True) if not block.exact])
     with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(zeroed(model.get_submodule(block.name)))
-        return _outputs(model, example_inputs)
+        stack.callback(swap, model, swap(model, others))
+        for name in going:
+            stack.enter_context(zeroed(model.get_submodule(name)))
+        with torch.no_grad(), evaluating(model):
+            dice = torch.get_rng_state()
+            try:
+                made = _tensors(call(model, to_device(example_inputs, device_of(model))))
+            except Exception:  # of the others, and said when all have gone
+                return []
+            return made if torch.equal(dice, torch.get_rng_state()) else []
 
 
 def _problem(
@@ -257,7 +270,7 @@ def _culprit(
 ) -> str:
     """The name of the first block that cannot go even alone; empty if each can."""
     for parts, block in new:
-        skipped = _skipped(model, block, example_inputs)
+        skipped = _skipped(model, block, [parts], example_inputs)
         originals = swap(model, parts)
         broken = _problem(model, parts, example_inputs, before, count_params(model), skipped)
         swap(model, originals)
@@ -293,7 +306,8 @@ def _kind_by_trace(model: nn.Module, name: str) -> str:
     except ValueError as error:
         raise ValueError(f"{name}: {error}; give example_inputs, or kinds") from None
     if not kind:
-        raise ValueError(f"{name}: cannot be removed: its output is not shortcut(x) + branch(x)")
+        what = "its output is not shortcut(x) + branch(x), as far as torch.fx can tell; give example_inputs, or kinds"
+        raise ValueError(f"{name}: cannot be removed: {what}")
     if kind == "plain" and _has_shortcut(model, name):
         raise ValueError(f"{name}: cannot be removed: it is a part of a block with a shortcut; give that one's name")
     return kind

@@ -356,3 +356,88 @@ def test_a_loaded_model_has_the_types_that_were_saved(dtype, tmp_path):
     save(PruningPlan(("blocks.0",)).apply(model), tmp_path / "pruned.safetensors")
     loaded = load(tmp_path / "pruned.safetensors", Net(Residual(), Residual())).eval()
     assert torch.equal(loaded(X.to(dtype)), model(X.to(dtype)))
+
+
+class Experts(nn.Module):
+    """Two experts by the sign of the gate, and one for all: as a whole a transition that torch.fx cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.one, self.other, self.shared = (nn.Linear(8, n) for n in (1, 8, 8, 8))
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        for sign in (self.gate(x) > 0).unique().tolist():
+            y = y + (self.other if sign else self.one)(x) * self.gate(x)
+        return y + self.shared(x)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention, self.experts = nn.LayerNorm(8), nn.Linear(8, 8), Experts()
+
+    def forward(self, x):
+        x = x + self.attention(self.norm(x))
+        return x + self.experts(self.norm(x))
+
+
+class Adding(nn.Module):
+    """What a block ends with, as a module of its own: it takes the shortcut, then the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.drop = nn.Linear(32, 8), nn.Dropout(0.1)
+
+    def forward(self, x, h):
+        return x + self.drop(self.project(h))
+
+
+class AddedAtLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.out = nn.LayerNorm(8), nn.Linear(8, 32), Adding()
+
+    def forward(self, x):
+        return self.out(x, self.up(self.norm(x)).relu())
+
+
+class Rolling(nn.Module):
+    """Dropout in eval mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x):
+        return x + self.f(F.dropout(x, 0.3, training=True))
+
+
+@pytest.mark.parametrize("block", [Mixture, AddedAtLast, Rolling])
+def test_what_is_inside_a_block_does_not_hide_it(block):
+    model = nn.Sequential(nn.Linear(4, 8), block(), block(), block(), nn.Linear(8, 4)).eval()
+    x = torch.randn(5, 4)
+    blocks = find_blocks(model, x)
+    assert (blocks.names, blocks.refused) == (("1", "2", "3"), {})
+    assert all(found.params == sum(p.numel() for p in model[1].parameters()) for found in blocks)
+    PruningPlan(("1", "2", "3")).apply(model, x)
+    assert torch.equal(model(x), model[4](model[0](x)))
+
+
+class Looking(nn.Module):
+    """Looks at whether its second block is still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = resnet18()
+
+    def forward(self, x):
+        return self.net(x) * (1 + any(True for _ in self.net.layer2[1].children()))
+
+
+@pytest.mark.parametrize("others", [(), ("net.layer3.0",)])
+def test_a_transition_beside_it_does_not_hide_that_a_network_looks_at_a_block(others):
+    model = Looking()
+    with pytest.raises(RuntimeError, match="some part of the network looks at them"):
+        PruningPlan(("net.layer2.1", *others)).apply(model, torch.randn(2, 3, 32, 32))
+    assert isinstance(model.net.layer2[1], type(resnet18().layer2[1]))

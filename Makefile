@@ -41,4 +41,4 @@ docs: install
 check: lint types test
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs/demo

@@ -17,9 +17,10 @@ T = TypeVar("T")
 def undisturbed(loader: object) -> Iterator[None]:
     """A loader may be read inside the block; its owner then goes on as if it had not been, amid an epoch too.
 
-    Put back are all random generators, and the pass of a DataLoader whose workers persist: it has only one at a time,
-    and a new one would take the workers of the old one away.
+    Put back are all random generators, the epoch that an `ImageLoader` has come to, and the pass of a DataLoader whose
+    workers persist: it has only one at a time, and a new one would take the workers of the old one away.
     """
+    epoch = getattr(loader, "__dict__", {}).get("epoch")
     state, under_way = random_state(None), getattr(loader, "_iterator", None)
     own = [(generator, generator.get_state()) for generator in _generators(loader)]  # accelerate's gets one in a pass
     if under_way is not None:
@@ -30,6 +31,8 @@ def undisturbed(loader: object) -> Iterator[None]:
         set_random_state(state, None)
         for generator, found in own:
             generator.set_state(found)
+        if epoch is not None:
+            loader.epoch = epoch  # type: ignore[attr-defined]
         if under_way is not None:
             loader._iterator = under_way  # type: ignore[attr-defined]
 

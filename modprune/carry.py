@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -41,7 +41,16 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         raise ValueError("LBFGS cannot be carried over, its history is of all parameters together: make a new one")
     names = {parameter: name for name, parameter in model.named_parameters()}
-    yield
+    try:
+        yield
+    finally:  # of two surgeries the first may have been done when the second fails
+        _rebind(model, optimizers, names)
+    for optimizer in optimizers:
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise ValueError(f"{type(optimizer).__name__} has no parameter left: all of its layers were removed")
+
+
+def _rebind(model: nn.Module, optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str]) -> None:
     now, stay = dict(model.named_parameters()), set(model.parameters())
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -53,6 +62,3 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
         left = {p for group in optimizer.param_groups for p in group["params"]}
         for gone in [p for p in optimizer.state if p not in left]:
             del optimizer.state[gone]
-    for optimizer in optimizers:
-        if not any(group["params"] for group in optimizer.param_groups):
-            raise ValueError(f"{type(optimizer).__name__} has no parameter left: all of its layers were removed")

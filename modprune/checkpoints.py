@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from modprune._autograd import first_line
+from modprune._processes import everyones
 
 PREFIX = "epoch-"
 
@@ -29,14 +30,15 @@ def save_state(accelerator: Any, folder: Path, epoch: int, step: int = 0) -> Non
     for cut in folder.glob(f".{PREFIX}*.partial") if accelerator.is_main_process else ():
         shutil.rmtree(cut)
     accelerator.wait_for_everyone()
+    problem = ""
     try:
         accelerator.save_state(str(partial))
     except Exception as error:  # of torch, safetensors and pickle, each of a class of its own
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"{folder}: the state after epoch {epoch} cannot be written ({first_line(error)}); is the disk full?"
-        ) from error
-    accelerator.wait_for_everyone()
+        problem = first_line(error)
+    if problems := list(filter(None, everyones(problem))):  # all learn of it: none waits for one that has left
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder}: the state after epoch {epoch} cannot be written ({problems[0]}); is the disk full?")
     if accelerator.is_main_process:
         older = states(folder)
         partial.rename(final)

@@ -64,7 +64,7 @@ def blocks(
     example = torch.zeros(1, channels, *([size, size] if size else sides))
     found = find_blocks(network, example)
     macs, params = count_macs(network, example), count_params(network)
-    width = max([12, *map(len, (*found.names, *found.refused))])
+    width = max(map(len, ("block", *found.names, *found.refused)))
     print(f"{'block':<{width}} {'kind':<11} {'parameters':>11} {'of all':>7} {'MACs':>12} {'of all':>7}")
     for b in found:
         share = b.params / params, b.macs / macs
@@ -100,11 +100,12 @@ def curve(
     if not first:
         return
     flat, falling = result.plateaus(), result.degradations()
-    print(f"{'layer':<12} {'Q':>8} {'spread':>8} {'gain':>8}")
+    width = max(map(len, ("layer", *result.layers)))
+    print(f"{'layer':<{width}} {'Q':>8} {'spread':>8} {'gain':>8}")
     gains = [None, *result.gain]
     for name, q, std, gain in zip(result.layers, result.mean, result.std, gains, strict=True):
         word = "plateau" if name in flat else "degradation" if name in falling else ""
-        print(f"{name:<12} {q:>8.4f} {std:>8.4f} {'' if gain is None else f'{gain:+.4f}':>8}  {word}".rstrip())
+        print(f"{name:<{width}} {q:>8.4f} {std:>8.4f} {'' if gain is None else f'{gain:+.4f}':>8}  {word}".rstrip())
     if picture is not None:
         save_picture(result.plot(), picture)
     if json_ is not None:
@@ -140,8 +141,9 @@ def plan(
     chosen = pruner.plan()
     if not first:
         return
+    longest = max(map(len, chosen.scores))
     for name, score in chosen.scores.items():
-        print(f"{name:<12} {score:+.4f}  {'remove' if name in chosen.remove else ''}".rstrip())
+        print(f"{name:<{longest}} {score:+.4f}  {'remove' if name in chosen.remove else ''}".rstrip())
     freed = chosen.freed
     channels = f" and {sum(len(c) for _, c in chosen.width)} channels" if chosen.width else ""
     units = {"flops": "MACs", "params": "parameters", "latency": "time"}

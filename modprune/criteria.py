@@ -23,12 +23,12 @@ from modprune.blocks import Blocks
 from modprune.bypass import bypassed
 from modprune.curve import ModularityCurve, modularity_curve, points, q_of
 from modprune.evaluate import evaluate, logits_and_labels
-from modprune.features import LayerGrams, drawn, pairs, pooled
+from modprune.features import GIB, LayerGrams, drawn, pairs, pooled
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one answer
 class BlockScores:
     """Scores of blocks.
 
@@ -61,10 +61,11 @@ class Modularity:
     k: int = 3
     samples: int = 500
     repeats: int = 5
+    budget: int = GIB
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(repeats, blocks): each repeat from samples of its own."""
-        curve = modularity_curve(model, loader, self.k, self.samples, self.repeats, blocks=blocks)
+        curve = modularity_curve(model, loader, self.k, self.samples, self.repeats, blocks=blocks, budget=self.budget)
         return BlockScores(blocks.names, np.diff(curve.q, axis=1), curve)
 
 
@@ -79,10 +80,11 @@ class ModularityDrop:
     k: int = 3
     samples: int = 500
     repeats: int = 1
+    budget: int = GIB
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(repeats, blocks): each repeat from samples of its own."""
-        end = LayerGrams(model, blocks.names[-1:])
+        end = LayerGrams(model, blocks.names[-1:], self.budget)
         values = []
         for sample in drawn(model, loader, self.samples, self.repeats):
             (whole,) = q_of(end, sample, self.k)

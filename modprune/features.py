@@ -33,6 +33,7 @@ from modprune.graph import check_finite, inner_products
 
 GIB = 2**30
 SLAB = 16384
+FEW = 64  # columns that a pass has to be worth
 
 Sample = list[tuple[Any, Tensor]]
 """Pieces of batches, `(inputs, labels)` each, that together hold the asked number of samples."""
@@ -152,7 +153,7 @@ class LayerGrams:
 
         Raises:
             ValueError: if a layer is not called once in a pass, or has no row of features for each sample, or features
-                hold NaN or infinity; names the layer.
+                hold NaN or infinity; names the layer. For a budget that hardly holds the products alone.
         """
         counts = everyones(sum(len(labels) for _, labels in sample))
         samples = sum(counts)
@@ -359,7 +360,10 @@ def pairs(
 def _passes(columns: dict[str, int], samples: int, budget: int) -> Iterator[list[Slab]]:
     """Slabs of all layers in order, as many a pass as the budget holds; a single one is made to fit."""
     room = budget // (4 * samples) - 2 * samples  # columns, beside the products of a slab and their sum
-    width = max(1, min(SLAB, room))
+    if room < FEW:
+        least = 4 * samples * (2 * samples + FEW)
+        raise ValueError(f"budget={budget} for {samples} samples: at least {least} bytes are needed; or fewer samples")
+    width = min(SLAB, room)
     batch: list[Slab] = []
     free = room
     for slab in [Slab(layer, a, min(a + width, m)) for layer, m in columns.items() for a in range(0, m, width)]:

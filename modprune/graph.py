@@ -129,7 +129,9 @@ def check_k(k: int, samples: int) -> None:
 
 
 def check_labels(labels: Tensor, samples: int) -> None:
-    """Raises ValueError unless labels are `samples` integers."""
+    """Raises ValueError unless labels are a tensor of `samples` integers."""
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels in a {type(labels).__name__}: a tensor is needed, as torch.as_tensor makes it")
     if labels.shape != (samples,):
         raise ValueError(f"labels of shape {tuple(labels.shape)} for {samples} samples: one label each is needed")
     if labels.is_floating_point() or labels.is_complex():

@@ -46,7 +46,8 @@ class ModularityPruner:
 
     Of several processes (torch.distributed) all make the pruner and call it together, with the same weights. Each
     measures its share of the samples: modularity gathers the features, so that its curve is that of one process; what
-    the other criteria score is averaged.
+    the other criteria score is averaged (`block_influence` and `cka` read all that the loader of a process gives). All
+    take the buffers of the first before.
 
     Raises:
         ValueError: for budgets out of range, a model without removable blocks, an unknown criterion or layer.
@@ -93,6 +94,7 @@ class ModularityPruner:
         if self._plan is None:
             if place()[1] > 1:  # one process need not read all of its weights for it
                 check_alike(everyones(_fingerprint(self.model)), "the model", "load the same weights in every process")
+                from_first(self.model.buffers())  # statistics of batch norm, which each has of its own images
             plan = self._make_plan()
             chosen = everyones((plan.remove, plan.kinds, plan.outputs, plan.width))
             check_alike(chosen, "the plan", "give every process the same budget, criterion and library versions")
@@ -104,7 +106,7 @@ class ModularityPruner:
 
         What holds on to the old parameters is due anew: DistributedDataParallel or DataParallel around the model, the
         optimizer (or see `carry_over`) and with it the schedule, and an average of the weights. All processes have the
-        buffers of the first.
+        buffers of the first, as they are then.
         """
         plan = self.plan()
         pruned = plan.apply(self.model, self.example_inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import runpy
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from modprune._autograd import first_line
 from modprune.data import ImageData, cifar10, cifar100, digits
 from modprune.models import MODELS
 
@@ -95,9 +97,9 @@ def _made(what: str, kind: type[T], make: Callable[..., Any], *arguments: Any) -
     try:
         made = make(*arguments)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"{what}: {_line(error)}") from None
+        raise ValueError(f"{what}: {first_line(error)}") from None
     except Exception as error:
-        raise RuntimeError(f"{what} cannot be built: {type(error).__name__}: {_line(error)}") from error
+        raise RuntimeError(f"{what} cannot be built: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(made, kind):
         raise ValueError(f"{what} gives {type(made).__name__}, not {kind.__name__}")
     return made
@@ -143,10 +145,16 @@ def _from_file(path: Path) -> Callable[..., Any]:
     def build(name: str, *arguments: Any) -> Any:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
-        function = runpy.run_path(str(path)).get(name)
-        if not callable(function):
-            raise ValueError(f"{path} has no function {name!r}")
-        return function(*arguments)
+        folder = str(path.parent.resolve())
+        sys.path.insert(0, folder)  # as `python path` has it: the file may import its neighbours
+        try:
+            function = runpy.run_path(str(path)).get(name)
+            if not callable(function):
+                raise ValueError(f"{path} has no function {name!r}")
+            return function(*arguments)
+        finally:
+            if folder in sys.path:
+                sys.path.remove(folder)
 
     return build
 
@@ -156,10 +164,6 @@ def _import(library: str) -> Any:
         return importlib.import_module(library)
     except ImportError:
         raise ValueError(f"{library} is not installed: pip install {library}") from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _LIBRARIES: dict[str, Callable[[str], Any]] = {

@@ -105,6 +105,15 @@ def test_weights_shared_with_a_block_that_goes_stay():
     assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
 
 
+def test_of_two_surgeries_the_first_stays_done_when_the_second_fails():
+    model = resnet20()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    plan = PruningPlan(("layer1.0",))
+    with pytest.raises(ValueError, match="already removed"), carry_over(model, optimizer):
+        plan.apply(plan.apply(model))
+    assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
+
+
 def test_parameters_of_others_stay_and_an_empty_optimizer_is_refused():
     model, scale = resnet20(), nn.Parameter(torch.ones(()))
     both = OPTIMIZERS["sgd"]([*model.parameters(), scale])

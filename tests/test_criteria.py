@@ -33,6 +33,7 @@ from modprune.criteria import (
     linear_cka,
     name_of,
 )
+from modprune.data import ImageLoader, digits
 from modprune.models import resnet20
 from modprune.surgery import remove_blocks
 
@@ -119,6 +120,24 @@ def test_a_loop_goes_on_as_if_nothing_had_been_measured_amid_it(criterion, worke
     blocks = find_blocks(model, X)
     given, alone = list(epochs(workers, lambda loader: criterion(model, blocks, loader))), list(epochs(workers))
     assert all(torch.equal(a, b) for a, b in zip(given, alone, strict=True))
+
+
+def test_an_image_loader_goes_on_as_if_nothing_had_been_measured():
+    model, loader = resnet20(), ImageLoader(digits(train=True), 400, pad=1, shuffle=True)
+    criterion = Modularity(samples=400, repeats=4)  # more than an epoch has
+    blocks = find_blocks(model, torch.zeros(1, 3, 8, 8))
+    scores = [criterion(model, blocks, loader).values for _ in range(2)]
+    assert np.array_equal(*scores)
+    for number in range(2):
+        loader.set_epoch(number)
+        alone = torch.cat([index for *_, index in loader])
+        loader.set_epoch(number)
+        amid = []
+        for *_, index in loader:
+            amid.append(index)
+            criterion(model, blocks, loader)
+        assert torch.equal(torch.cat(amid), alone)
+        assert loader.epoch == number + 1
 
 
 def test_a_block_that_does_nothing_turns_nothing_where_channels_are_dead():

@@ -91,6 +91,12 @@ def test_less_memory_takes_more_passes_and_gives_the_same_numbers():
     hook.remove()
 
 
+def test_a_budget_for_the_products_alone_is_refused():
+    with pytest.raises(ValueError, match=rf"budget={8 * 64 * 64} for 64 samples: at least {4 * 64 * 192} bytes"):
+        modularity_curve(network(), loader(64), samples=64, repeats=1, budget=8 * 64 * 64)
+    modularity_curve(network(), loader(64), samples=64, repeats=1, budget=4 * 64 * 192, layers=["layer3.2"])
+
+
 def test_features_stay_below_the_budget():
     budget = 4 * 64 * (1024 + 2 * 64)
     grams = LayerGrams(network(), ("layer3.0", "conv1", "layer2.0"), budget)  # the first pass is the smallest

@@ -131,6 +131,7 @@ def test_row_blocks_gram_layouts_and_types_agree(monkeypatch):
         (torch.ones(4, 2), torch.zeros(4).long(), 0, "k=0"),
         (torch.ones(4, 2), torch.zeros(3).long(), 1, "one label each"),
         (torch.ones(4, 2), torch.zeros(4), 1, "integers"),
+        (torch.ones(4, 2), [0, 0, 1, 1], 1, "labels in a list: a tensor is needed"),
         (torch.ones(4, 2).long(), torch.zeros(4).long(), 1, "floating point"),
         (torch.ones(4, 0), torch.zeros(4).long(), 1, "at least one value"),
         (torch.tensor([[1.0], [torch.nan], [1.0]]), torch.zeros(3).long(), 1, "sample 1 hold NaN"),

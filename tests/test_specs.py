@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from torch import nn
 
@@ -32,6 +34,15 @@ def test_a_function_in_a_file(tmp_path):
     assert isinstance(model, CifarResNet)
     assert isinstance(model.linear, nn.Linear)
     assert model.linear.out_features == 3
+
+
+def test_a_file_may_import_its_neighbours(tmp_path):
+    (tmp_path / "a_neighbour_of_net.py").write_text("CLASSES = 3\n")
+    text = "from a_neighbour_of_net import CLASSES\nfrom modprune.models import resnet20\n"
+    (tmp_path / "net.py").write_text(text + "def make(): return resnet20(CLASSES)")
+    found = list(sys.path)
+    assert build_model(f"{tmp_path}/net.py:make").linear.out_features == 3
+    assert sys.path == found
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import torchvision
 
-from modprune.models import resnet20, resnet56
+from modprune.models import CifarResNet, resnet20, resnet56
 from modprune.plan import PruningPlan
 from modprune.store import _checksum, load, load_weights, save
 from modprune.surgery import removed_blocks
@@ -33,6 +33,18 @@ def test_round_trip_with_and_without_a_model(saved):
     for loaded in (load(path), load(path, resnet20(num_classes=7))):
         assert torch.equal(loaded.eval()(X), model(X))
         assert removed_blocks(loaded).remove == REMOVE
+
+
+def test_a_network_derived_from_a_built_in_one_is_not_taken_for_it(tmp_path):
+    class Doubled(CifarResNet):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = Doubled((3, 3, 3)).eval()
+    save(model, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="give the unpruned model to load into"):
+        load(tmp_path / "a.safetensors")
+    assert torch.equal(load(tmp_path / "a.safetensors", Doubled((3, 3, 3))).eval()(X), model(X))
 
 
 def test_round_trip_of_a_network_from_elsewhere(tmp_path):

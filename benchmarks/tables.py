@@ -36,7 +36,7 @@ TRAINING_IMAGES = 50_000
 OURS = {
     "resnet56-cifar10-restored": "blocks and a little width",
     "resnet56-cifar10": "blocks",
-    "resnet56-cifar10-longer": "blocks and a little width",
+    "resnet56-cifar10-from-restored": "blocks and a little width",
     "resnet56-cifar10-quarter-longer": "blocks and width",
 }
 TRIED = ("resnet56-cifar10-narrow", "resnet56-cifar10-strict")
@@ -67,9 +67,11 @@ def headline() -> str:
         cells = [f"**{value:.2f}**" for value in (_top1(run), 100 * removed[0], 100 * removed[1])]
         lines.append(_row([f"**modprune, {len(run['removed'])} {OURS[name]}**", *cells]))
     gains = [f"{_top1(run) - base:+.2f}" for run in runs.values()]
+    epochs = [sum(r["trained_epochs"] * (1 + r.get("mixed", 0)) for r in _chain(run)) for run in runs.values()]
     note = (
         f"Of {len(whole['scores'])} blocks; one seed, last epoch; "
         f"FLOPs as fvcore counts. Against its own base: ours {', '.join(gains)}; {LU.method} {LU.top1 - LU.base:+.2f}. "
+        f"Ours learnt for {', '.join(map(str, epochs))} epochs of {TRAINING_IMAGES:,} images, in several runs. "
         f"Our networks, in `benchmarks/results`: {', '.join(f'`{name}.safetensors`' for name in OURS)}."
     )
     return "\n".join([*lines, "", note])

@@ -37,7 +37,7 @@ def page() -> str:
         if inspect.isclass(thing):
             for member, value in vars(thing).items():
                 function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-                if (member.startswith("_") and member != "__call__") or not inspect.getdoc(function):
+                if (member.startswith("_") and member != "__call__") or not callable(function):
                     continue
                 title = f"`{member}`" if isinstance(value, property) else _title(member, function)
                 parts += [f"### {title}", "", *_text(function)]

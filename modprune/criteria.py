@@ -84,7 +84,7 @@ class ModularityDrop:
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(repeats, blocks): each repeat from samples of its own."""
-        end = LayerGrams(model, blocks.names[-1:], self.budget)
+        end = LayerGrams(model, [blocks[-1].end], self.budget)
         values = []
         for sample in drawn(model, loader, self.samples, self.repeats):
             (whole,) = q_of(end, sample, self.k)
@@ -140,7 +140,7 @@ class BlockInfluence:
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(batches, blocks)."""
-        return BlockScores(blocks.names, np.array(pairs(model, blocks.names, loader, self.samples, _turned)))
+        return BlockScores(blocks.names, np.array(pairs(model, _spans(blocks), loader, self.samples, _turned)))
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Cka:
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(batches, blocks)."""
-        values = np.array(pairs(model, blocks.names, loader, self.samples, _unlike))
+        values = np.array(pairs(model, _spans(blocks), loader, self.samples, _unlike))
         measured = values[~np.isnan(values).all(1)]  # a last, small batch is left out
         if len(measured) == 0:
             raise ValueError("CKA needs batches of at least 4 samples: give a loader with a larger batch size")
@@ -330,6 +330,10 @@ def _hsic(k: Tensor, gram: Tensor) -> float:
     k, gram = (g - torch.diag(g.diagonal()) for g in (k, gram))
     trace, cross = (k * gram).sum(), k.sum(0) @ gram.sum(0)
     return float(trace + k.sum() * gram.sum() / ((n - 1) * (n - 2)) - 2 * cross / (n - 2)) / (n * (n - 3))
+
+
+def _spans(blocks: Blocks) -> dict[str, str]:
+    return {block.name: block.end for block in blocks}
 
 
 def _unlike(x: Tensor, y: Tensor) -> float:

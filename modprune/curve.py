@@ -136,14 +136,18 @@ def modularity_curve(
         if layers is None:
             if example_inputs is None:
                 example_inputs = first_sample(loader)
-            layers = points(model, find_blocks(model, example_inputs) if blocks is None else blocks, example_inputs)
-        grams = LayerGrams(model, layers, budget)
+            blocks = find_blocks(model, example_inputs) if blocks is None else blocks
+            places = points(model, blocks, example_inputs)
+            layers = (places[0], *blocks.names)
+        else:
+            places = tuple(layers)
+        grams = LayerGrams(model, places, budget)
         q = [q_of(grams, sample, k) for sample in draw(loader, samples, repeats)]
     return ModularityCurve(tuple(layers), np.array(q))
 
 
 def points(model: nn.Module, blocks: Blocks, example_inputs: Any) -> tuple[str, ...]:
-    """Names of the points of a curve: the first layer with parameters that runs, and every block.
+    """The layers at the points of a curve: the first with parameters that runs, and where every block ends.
 
     Raises:
         ValueError: if there is no block to measure after the stem.
@@ -153,7 +157,7 @@ def points(model: nn.Module, blocks: Blocks, example_inputs: Any) -> tuple[str, 
         raise ValueError(
             f"{type(model).__name__} has no residual block whose output is shortcut(x) + branch(x){looked}"
         )
-    return (_first_layer(model, blocks.names[0], example_inputs), *blocks.names)
+    return (_first_layer(model, blocks.names[0], example_inputs), *(block.end for block in blocks))
 
 
 def _first_layer(model: nn.Module, block: str, example_inputs: Any) -> str:

@@ -7,7 +7,7 @@ slabs do not depend on the budget, so neither do the sums, unless it is too smal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -299,17 +299,17 @@ def visit(
 
 def pairs(
     model: nn.Module,
-    layers: Sequence[str],
+    spans: Mapping[str, str],
     loader: Iterable[Any],
     samples: int,
     measure: Callable[[Tensor, Tensor], float],
 ) -> list[list[float]]:
-    """`measure(input, output)` of each layer in each batch, until `samples` have passed; labels are not needed.
+    """`measure(input, output)` of each span of layers in each batch, until `samples` have passed; without labels.
 
     Args:
         model: run in eval mode without gradients, on its own device; left as found.
-        layers: names of sub-modules that are called once in a forward pass.
-        loader: batches; the first tensor that goes into a layer and the first that comes out are measured.
+        spans: from the name of a first sub-module to that of a last, often itself; both called once in a forward pass.
+        loader: batches; the first tensor into the first one and the first out of the last one are measured.
         samples: how many, at least; fewer where the loader has no more.
         measure: of two tensors with one row a sample.
     """
@@ -328,11 +328,11 @@ def pairs(
             row[layer] = measure(given.pop(layer), y)
 
     hooks: list[Any] = []
-    for layer in layers:
-        module = model.get_submodule(layer)
+    for layer, last in spans.items():
         pre = lambda _, args, kwargs, layer=layer: before(layer, args, kwargs)  # noqa: E731
-        hooks.append(module.register_forward_pre_hook(pre, with_kwargs=True))
-        hooks.append(module.register_forward_hook(lambda _, __, out, layer=layer: after(layer, out)))
+        post = lambda _, __, out, layer=layer: after(layer, out)  # noqa: E731
+        hooks.append(model.get_submodule(layer).register_forward_pre_hook(pre, with_kwargs=True))
+        hooks.append(model.get_submodule(last).register_forward_hook(post))
     seen = 0
     try:
         with evaluating(model), undisturbed(loader), torch.no_grad():
@@ -342,10 +342,10 @@ def pairs(
                     continue
                 row.clear()
                 call(model, to_device(inputs, device_of(model)))
-                missing = [layer for layer in layers if layer not in row]
+                missing = [layer for layer in spans if layer not in row]
                 if missing:
                     raise ValueError(f"layer {missing[0]}: not called in a forward pass, or with no tensor")
-                values.append([row[layer] for layer in layers])
+                values.append([row[layer] for layer in spans])
                 seen += batch_size(inputs)
                 if seen >= samples:
                     break

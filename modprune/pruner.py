@@ -200,8 +200,11 @@ def _nanoseconds(model: nn.Module, blocks: Mapping[str, Block], example_inputs: 
 
     A block whose shortcut stays saves the share of its time that it saves of its MACs.
     """
-    seconds, macs = latency_by_module(model, list(blocks), example_inputs), macs_by_module(model, example_inputs)
-    saved = {name: seconds[name] * block.macs / max(macs[name], 1) for name, block in blocks.items()}
+    parts = {name: {*block.layers, block.end} if block.kind == "plain" else {name} for name, block in blocks.items()}
+    seconds = latency_by_module(model, sorted(set().union(*parts.values())), example_inputs)
+    macs = macs_by_module(model, example_inputs)
+    whole = {name: sum(seconds[part] for part in parts[name]) for name in blocks}
+    saved = {name: whole[name] * block.macs / max(macs[name], 1) for name, block in blocks.items()}
     alike: dict[tuple[Any, ...], list[float]] = {}
     for name, block in blocks.items():
         alike.setdefault((block.kind, block.macs, block.params), []).append(saved[name])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from modprune import count_macs, count_params, find_blocks
+from modprune import count_macs, count_params, find_blocks, modularity_curve
 from modprune._options import MODEL_NAMES
+from modprune.criteria import BlockInfluence
 from modprune.models import MODELS, resnet18, vgg11_bn
 from modprune.studies.layers import layers_of
 
@@ -43,3 +47,19 @@ def test_blocks_and_points():
     # Of the eight convolutions, those that keep the shape: 256-256, 512-512 and the last two.
     assert [block.name for block in found] == ["features.11", "features.18", "features.22", "features.25"]
     assert len(layers_of(vgg11_bn(width=0.25), IMAGE)) == 10
+
+
+def test_of_a_plain_unit_its_activation_is_measured():
+    model = vgg11_bn(width=0.25).eval()
+    blocks = find_blocks(model, IMAGE)
+    assert all(isinstance(model.get_submodule(block.end), nn.ReLU) for block in blocks)
+    images, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 4
+    curve = modularity_curve(model, [(images, labels)], samples=40, repeats=1)
+    ends = modularity_curve(model, [(images, labels)], samples=40, repeats=1, layers=[block.end for block in blocks])
+    assert curve.layers[1:] == blocks.names
+    assert np.array_equal(curve.q[:, 1:], ends.q)
+    with torch.no_grad():
+        before, after = (model.features[: int(at.split(".")[1])](images) for at in (blocks[0].name, blocks[0].end))
+        cosine = F.cosine_similarity(before.flatten(1), after.relu().flatten(1)).mean()
+    influence = BlockInfluence(40)(model, blocks, [images]).mean[blocks[0].name]
+    assert influence == pytest.approx(1 - float(cosine), abs=1e-6)

@@ -16,6 +16,10 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     path = Path(path)
     handle, partial = -1, ""
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe, as /dev/stdout: nothing takes its place
+            path.write_bytes(data)
+            return
+        path = Path(os.path.realpath(path))  # a link goes on to lead there
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:

@@ -87,7 +87,7 @@ Seed = Annotated[int, typer.Option(help="Of calibration images, their order and 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file as well.")]
 K = Annotated[int, typer.Option(min=1, help="Neighbours of each sample in the feature graph.")]
-Samples = Annotated[int, typer.Option(min=2, help="Images a repeat.")]
+Samples = Annotated[int, typer.Option(min=2, help="Images in each measurement.")]
 Repeats = Annotated[int, typer.Option(min=1, help="How many times to measure, on other images each time.")]
 
 

@@ -142,7 +142,7 @@ def check_bare(model: nn.Module) -> None:
         ):
             raise ValueError("the model is sharded over devices (FSDP): remove blocks before, then shard what is left")
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            raise ValueError("the model is compiled: pass the module as it was before, then compile it anew")
+            raise ValueError("the model is compiled: pass the module as it was before; compile it after the pruning")
 
 
 # The kind of a block and the parameters of it that stay, by id: those of a transition's shortcut.

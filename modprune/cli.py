@@ -89,13 +89,13 @@ def curve(
     """
     from modprune import modularity_curve
     from modprune._processes import meet
-    from modprune.data import ImageLoader
+    from modprune.data import calibration
     from modprune.picture import save_picture
     from modprune.specs import load_data
 
     first = meet(pick_device(device))
     network, train = load_network(model, weights, device, data), load_data(data, data_dir, train=True)
-    loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=pick_device(device))
+    loader = calibration(train, seed, pick_device(device))
     result = modularity_curve(network, loader, k, samples, repeats)
     if not first:
         return
@@ -126,16 +126,17 @@ def plan(
 
     from modprune import ModularityPruner
     from modprune._processes import meet
-    from modprune.data import ImageLoader
+    from modprune.criteria import fitted, resolve
+    from modprune.data import calibration
     from modprune.specs import load_data
 
     _need_budget(flops, params, count, latency)
     first = meet(pick_device(device))
     network, train = load_network(model, weights, device, data), load_data(data, data_dir, train=True)
-    loader = ImageLoader(train, 100, shuffle=True, seed=seed, device=pick_device(device))
+    loader = calibration(train, seed, pick_device(device))
     example = torch.zeros(1, *train.images.shape[1:])
     pruner = ModularityPruner(
-        network, example, loader, criterion,
+        network, example, loader, fitted(resolve(criterion), loader.batch_size * len(loader)),
         flops=flops, params=params, blocks=count, latency=latency, width=width,
     )  # fmt: skip
     chosen = pruner.plan()

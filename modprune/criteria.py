@@ -7,8 +7,9 @@ fields: `Modularity(samples=200)`; by name they come with their defaults.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -301,6 +302,17 @@ def resolve(criterion: str | Criterion) -> Criterion:
     return CRITERIA[criterion]()
 
 
+def fitted(criterion: Criterion, samples: int) -> Criterion:
+    """The criterion for no more samples than there are; one's own callable as it is.
+
+    >>> fitted(resolve("modularity"), 300).samples
+    300
+    """
+    if type(criterion) in CRITERIA.values() and getattr(criterion, "samples", 0) > samples:
+        return replace(criterion, samples=samples)  # type: ignore[type-var]
+    return criterion
+
+
 def name_of(criterion: Criterion) -> str:
     """Its name among `CRITERIA`, or that of the function or class.
 
@@ -321,6 +333,8 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     """
     k, gram = ((rows := z.flatten(1).double()) @ rows.T for z in (x, y))
     between, within = _hsic(k, gram), _hsic(k, k) * _hsic(gram, gram)
+    if not math.isfinite(within):
+        raise ValueError("features of a block hold NaN or infinity: check the model and its inputs")
     return between / within**0.5 if within > 0 else 0.0
 
 

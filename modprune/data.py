@@ -192,6 +192,11 @@ class ImageLoader:
         return order[: len(order) // processes * processes][dist.get_rank() :: processes]  # as many for each
 
 
+def calibration(data: ImageData, seed: int = 0, device: torch.device | str = "cpu") -> ImageLoader:
+    """Batches to measure on: shuffled, of 100 images, or of all if there are fewer."""
+    return ImageLoader(data, max(1, min(100, len(data))), shuffle=True, seed=seed, device=device)
+
+
 def _crop(padded: Tensor, index: Tensor, crops: Tensor, data: ImageData) -> Tensor:
     """One crop of `data`'s size per image of `padded[index]`: a single gather, each image at its own offset."""
     height, width = data.images.shape[-2:]

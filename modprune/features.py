@@ -398,5 +398,8 @@ def _labelled(batch: Any) -> tuple[Any, Tensor]:
             "give (inputs, labels), or take the criterion 'block_influence' or 'cka', which need none"
         )
     if labels.shape != (batch_size(inputs),):
-        raise ValueError(f"labels of shape {tuple(labels.shape)} for {batch_size(inputs)} inputs: one each is needed")
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} for {batch_size(inputs)} inputs: one each is needed; the criteria "
+            "'block_influence' and 'cka' need none"
+        )
     return inputs, labels

@@ -137,6 +137,15 @@ class GradualPruning:
         self._advance()
         return plan
 
+    def check_done(self) -> None:
+        """Warn, at the end of a training, if stages never came due."""
+        if self.stage < len(self.shares):
+            warnings.warn(
+                f"{self.stage} of {len(self.shares)} stages of pruning came due before the training ended "
+                f"(at={self.at}), {sum(len(plan.remove) for plan in self.plans)} blocks went",
+                stacklevel=3,
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs; of JSON's types alone."""
         return {"stage": self.stage, "plans": [plan.to_json() for plan in self.plans]}

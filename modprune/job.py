@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +21,8 @@ from modprune._files import write_text
 from modprune._inputs import device_of
 from modprune._processes import everyones, meet
 from modprune.checkpoints import check_empty, check_writable
-from modprune.criteria import Criterion, name_of, resolve
-from modprune.data import ImageData, ImageLoader
+from modprune.criteria import Criterion, fitted, name_of, resolve
+from modprune.data import ImageData, ImageLoader, calibration
 from modprune.distill import CachedTeacher
 from modprune.finetune import finetune
 from modprune.picture import save_picture
@@ -31,6 +32,11 @@ from modprune.recipe import Recipe
 from modprune.report import Report, compare
 from modprune.store import load, save
 from modprune.tracking import check_names, trackers
+
+WRITTEN = (
+    *("run.json", "plan.json", "curve.json", "curve.png", "metrics.csv", "model.safetensors"),
+    *("report.json", "report.md"),
+)
 
 
 def prune_job(
@@ -56,14 +62,16 @@ def prune_job(
 
     Writes to `out`: `run.json` (arguments, versions, commit, host, whether it is finished), `plan.json`, `curve.json`
     and `curve.png` (if blocks are chosen by modularity), `metrics.csv` after each epoch, `model.safetensors`,
-    `report.json`, `report.md`; while it trains also `checkpoints/`. Files are whole or not there at any moment.
+    `report.json`, `report.md`; while it trains also `checkpoints/`. Files are whole or not there at any moment. Those
+    of a finished run that was there go once the new one has its plan.
 
     Args:
         model: on the device to work on.
         train: for calibration and fine-tuning; nothing is chosen by `test`, which the report is measured on.
         test: as `train`.
         out: a folder, made if needed.
-        flops, params, blocks, latency, width, criterion: see `ModularityPruner`.
+        flops, params, blocks, latency, width, criterion: see `ModularityPruner`. A criterion takes all images there are
+            where it asks for more.
         recipe: of the fine-tuning; None leaves it out.
         batch_size, pad: of the training images, see `ImageLoader`.
         seed: of calibration images, order and augmentation.
@@ -99,11 +107,14 @@ def prune_job(
     example = torch.zeros(1, *train.images.shape[1:], device=device)
     plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
     if plan is None:
-        calibration = ImageLoader(train, 100, shuffle=True, seed=seed, device=device)
-        pruner = ModularityPruner(model, example, calibration, criterion, **budgets)  # type: ignore[arg-type]
+        images = calibration(train, seed, device)
+        scored_by = fitted(resolve(criterion), images.batch_size * len(images))
+        pruner = ModularityPruner(model, example, images, scored_by, **budgets)  # type: ignore[arg-type]
         plan = pruner.plan()
         if first:
-            _describe(out, arguments, device)  # first: no plan without a word on whose it is
+            for name in WRITTEN:  # by another run into this folder: the two must not mix
+                (out / name).unlink(missing_ok=True)
+            _describe(out, arguments, device)
             _write_plan(pruner, out)
     pruned = plan.apply(copy.deepcopy(model), example)
     if recipe is not None:
@@ -173,7 +184,7 @@ def _write_plan(pruner: ModularityPruner, out: Path) -> None:
 def _describe(out: Path, arguments: dict[str, Any], device: torch.device, finished: bool = False) -> None:
     """`run.json`: what somebody needs to know of the run a year later."""
     place = {"device": str(device), "host": platform.node(), "folder": str(Path.cwd()), "commit": commit(Path.cwd())}
-    facts = {"arguments": arguments, "finished": finished, **place, **environment()}
+    facts = {"arguments": arguments, "finished": finished, "command": sys.argv, **place, **environment()}
     write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from modprune._autograd import first_line
 from modprune._files import write_bytes
@@ -107,8 +108,11 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
             another network or number of classes; one line, and the model stays as it was.
     """
     path = Path(path)
+    state: Any
     if path.suffix == ".safetensors":
-        state: Any = _read_safetensors(path)[0]
+        state, metadata = _read_safetensors(path)
+        if "modprune" in metadata and _plan(path, _header(path, metadata["modprune"])["plan"]).remove:
+            raise ValueError(f"{path}: a pruned network, as modprune.save writes it: modprune.load reads it")
     else:
         state = _read_torch(path)
     for key in ("state_dict", "model"):
@@ -197,7 +201,7 @@ def _plan(path: str | Path, data: Any) -> PruningPlan:
 def _bare(model: nn.Module) -> nn.Module:
     """The user's own module inside torch.compile's and the parallel wrappers, which put prefixes before all names."""
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner

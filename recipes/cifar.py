@@ -14,6 +14,8 @@ import torch
 from accelerate import PartialState
 
 import modprune
+from modprune.budget import Budget
+from modprune.criteria import resolve
 from modprune.data import ImageLoader, cifar10, cifar100
 from modprune.job import prune_job
 from modprune.models import MODELS
@@ -26,6 +28,8 @@ TRAINING = {"lr": 0.1, "weight_decay": 5e-4}
 
 def main(arguments: argparse.Namespace) -> None:
     """Train if need be, prune, recover, report."""
+    recipe, budget = Recipe(epochs=arguments.epochs, lr=arguments.lr), Budget(arguments.flops, arguments.params)
+    criterion = resolve(arguments.criterion)  # what is wrong is told before the training, not after
     processes = PartialState()
     out, device = arguments.out, processes.device
     torch.manual_seed(arguments.seed)
@@ -43,9 +47,8 @@ def main(arguments: argparse.Namespace) -> None:
         if processes.is_main_process:
             modprune.save(network, trained)
     report = prune_job(
-        network, train, test, out, flops=arguments.flops, params=arguments.params, width=arguments.width,
-        criterion=arguments.criterion, recipe=Recipe(epochs=arguments.epochs, lr=arguments.lr), batch_size=BATCH,
-        pad=PAD, seed=arguments.seed, resume=arguments.resume,
+        network, train, test, out, flops=budget.flops, params=budget.params, width=arguments.width,
+        criterion=criterion, recipe=recipe, batch_size=BATCH, pad=PAD, seed=arguments.seed, resume=arguments.resume,
     )  # fmt: skip
     processes.print(report)
 

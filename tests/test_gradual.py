@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -74,6 +75,18 @@ def test_a_stage_whose_count_was_missed_comes_with_the_next():
     assert [plan and len(plan.remove) for plan in map(prune, (2, 3, 4))] == [2, 2, None]
     prune = GradualPruning(resnet20(), loader(), "l1_norm", at=(1, 3), blocks=4, shares=(0.5, 1))
     assert [plan and len(plan.remove) for plan in map(prune, (5, 6))] == [2, 2]
+
+
+def test_stages_that_never_came_due_are_told():
+    model = resnet20()
+    prune = GradualPruning(model, loader(), "l1_norm", at=(1, 9), shares=(0.5, 1), blocks=4)
+    prune(1)
+    with pytest.warns(UserWarning, match=r"1 of 2 stages .*at=\(1, 9\)\), 2 blocks went"):
+        prune.check_done()
+    prune(9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune.check_done()
 
 
 def test_a_failed_stage_comes_again():

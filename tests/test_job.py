@@ -50,7 +50,15 @@ def test_a_run_into_the_folder_of_another_never_ends_with_its_results(tmp_path, 
         patch.setattr(jobs, "finetune", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prune_job(model, train, test, tmp_path, blocks=4, **rest)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["plan.json", "run.json"]
     report = prune_job(model, train, test, tmp_path, blocks=4, **rest, resume=True)
     assert len(json.loads((tmp_path / "plan.json").read_text())["remove"]) == 4
     assert report.pruned.params == count_params(load(tmp_path / "model.safetensors"))
     assert report.params_removed > 0.05
+
+
+def test_few_images_are_enough(tmp_path):
+    few = digits(True).subset(torch.arange(150))
+    prune_job(resnet20(), few, few, tmp_path, blocks=2)
+    curve = json.loads((tmp_path / "curve.json").read_text())
+    assert len(curve["layers"]) == 10

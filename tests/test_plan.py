@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 
 import pytest
 from hypothesis import given, settings
@@ -54,6 +56,20 @@ def test_a_plan_is_a_value():
     assert {plan} == {PruningPlan(("layer1.0",), scores={"layer1.0": 0.5})}
     with pytest.raises(ValueError, match="maps names to finite numbers"):
         PruningPlan(("layer1.0",), scores={1: 0.5})
+
+
+def test_links_stay_and_pipes_are_written_to(tmp_path):
+    plan, link, pipe = PruningPlan(("a",)), tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "real.json")
+    plan.to_json(link)
+    assert link.is_symlink()
+    assert PruningPlan.from_json(tmp_path / "real.json") == plan
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    text = plan.to_json(pipe)
+    assert os.read(reader, 10_000).decode() == text
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    os.close(reader)
 
 
 def test_files(tmp_path):

@@ -61,3 +61,8 @@ class PruningCallback(Callback):
         """Lightning's hook: prune if it is due by the epoch."""
         if self.every == "epoch" and self.pruning is not None:
             self.pruning(trainer.current_epoch + 1, *trainer.optimizers)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook: warn if stages never came due."""
+        if self.pruning is not None:
+            self.pruning.check_done()

@@ -57,3 +57,8 @@ class PruningCallback(TrainerCallback):
         if self.every == "epoch" and self.pruning is not None:
             # A whole one may lack a rounding error; the last one may be a part, which is none.
             self.pruning(math.floor((state.epoch or 0) + 1e-6), given["optimizer"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """The Trainer's hook: warn if stages never came due."""
+        if self.pruning is not None:
+            self.pruning.check_done()

@@ -110,7 +110,9 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         inputs = to_device(example_inputs, device_of(model))
         with counted_macs(model, inputs) as macs:
             calls, output = record_calls(model, inputs)
-        found, refused = _residual(calls, users(output), _held(model))
+        uses = users(output)
+        found, refused = _residual(calls, uses, _held(model))
+        refused |= _checkpointed(calls, uses)
         if not found and not refused:
             calls, output = record_calls(model, inputs, leaves=True)
             found, refused = _plain(model, calls, users(output))
@@ -179,6 +181,16 @@ def _residual(
         refused = {n: refused[n] for n in refused if n not in inner}
         found[name] = kind, kept
     return {name: found[name] for name in calls if name in found}, refused
+
+
+def _checkpointed(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> dict[str, str]:
+    """Modules that reentrant checkpointing runs without a graph, with the reason why nothing is seen of them."""
+    reason = "torch.utils.checkpoint hides what it computes: use_reentrant=False shows it"
+    return {
+        name: reason
+        for name, seen in calls.items()
+        if seen.end is None and any(is_any(node, ("CheckpointFunction",)) for node in uses.get(seen.start[0], ()))
+    }
 
 
 def _is_more_than(outer: Call, kind: str, inner: Sequence[Call]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -422,6 +423,24 @@ def test_what_is_inside_a_block_does_not_hide_it(block):
     assert all(found.params == sum(p.numel() for p in model[1].parameters()) for found in blocks)
     PruningPlan(("1", "2", "3")).apply(model, x)
     assert torch.equal(model(x), model[4](model[0](x)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks_are_found_or_it_is_said_how_they_are(reentrant):
+    class Checkpointed(Net):
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+            return self.head(x.mean((2, 3)))
+
+    blocks = find_blocks(Checkpointed(Residual(), Residual()), X)
+    if reentrant:
+        assert blocks == ()
+        assert set(blocks.refused) == {"blocks.0", "blocks.1"}
+        assert "use_reentrant=False shows it" in blocks.refused["blocks.0"]
+    else:
+        assert blocks.names == ("blocks.0", "blocks.1")
 
 
 class Looking(nn.Module):

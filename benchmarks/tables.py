@@ -146,7 +146,8 @@ def speed() -> str:
     floor, large = q["floor"], q["large"]
     rows += [
         (
-            f"Q of {floor['samples']} x {floor['columns']} against the product `F @ F.T` alone (ours: half of it, by oneDNN)",
+            f"Q of {floor['samples']} x {floor['columns']} against the product `F @ F.T` alone"
+            " (ours: half of it, by oneDNN)",
             f"{floor['ratio']:.2f}x its time",
         ),
         (

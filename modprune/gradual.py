@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from modprune._inputs import first_sample
 from modprune._random import undisturbed
+from modprune.blocks import check_bare
 from modprune.carry import carry_over
 from modprune.cost import count_macs, count_params
 from modprune.criteria import Criterion, Random, resolve
@@ -96,6 +97,7 @@ class GradualPruning:
         ignored_layers: Sequence[nn.Module | str] = (),
         example_inputs: Any = None,
     ) -> None:
+        check_bare(model)
         if not callable(at) and (not at or min(at) < 1 or list(at) != sorted(set(at))):
             raise ValueError(f"at={at}: counts from 1 on that rise are needed, as in (10, 20)")
         self.model, self.loader, self.at = model, loader, at

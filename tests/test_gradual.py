@@ -89,6 +89,11 @@ def test_stages_that_never_came_due_are_told():
         prune.check_done()
 
 
+def test_a_wrapped_model_is_refused_before_anything_goes():
+    with pytest.raises(ValueError, match=r"wrapped in DataParallel: pass model\.module"):
+        GradualPruning(torch.nn.DataParallel(resnet20()), loader(), "l1_norm", at=(1,), blocks=1)
+
+
 def test_a_failed_stage_comes_again():
     def broken(model, blocks, loader):
         raise RuntimeError("no luck")

@@ -21,9 +21,8 @@ install: .venv/installed
 demo: install
 	$(BIN)/python recipes/digits.py --out runs/demo
 
-# One thread a worker: two workers that each spin two threads on two cores wait for each other more than they work.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 
@@ -47,6 +48,12 @@ def random_state(loader: object) -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "own": own_state(loader),
     }
+
+
+def is_untouched(state: dict[str, Any]) -> bool:
+    """Whether no generator has been drawn from since `state = random_state(None)`."""
+    pairs = zip(tree_leaves(state), tree_leaves(random_state(None)), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 def own_state(loader: object) -> list[torch.Tensor]:

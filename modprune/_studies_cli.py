@@ -261,7 +261,9 @@ class _Source:
     @property
     def calibration(self) -> ImageLoader:
         """Training images as they are, in random order."""
-        return self._loader(True, 100, shuffle=True)
+        from modprune.data import calibration
+
+        return calibration(self._images(True), self.seed, pick_device(self.device))
 
     @property
     def training(self) -> ImageLoader:

@@ -50,11 +50,11 @@ class Block:
         params: parameters that go with it; those shared with other layers do not.
         macs: MACs per sample that go with it, by the primary counter.
         layers: qualified names of the layers that go with it, in the order of `model.named_modules()`.
+        end: the layer whose output is the block's: itself; of a plain unit its activation, or norm if that is no layer.
         exact: whether the block with all parameters zero gave its input back bit for bit, the proof that the
             shortcut is the identity; False for other kinds and where an activation follows that alters its input.
         outputs: for each item of the tuple that it gives back, which of its arguments stands in once it is gone, by
             position (of a tuple that comes first, its items count); -1 for None. Empty for a tensor alone.
-        end: the layer whose output is the block's: itself; of a plain unit its activation, or norm if that is no layer.
     """
 
     name: str
@@ -62,9 +62,9 @@ class Block:
     params: int
     macs: int
     layers: tuple[str, ...]
+    end: str
     exact: bool = True
     outputs: tuple[int, ...] = ()
-    end: str = ""
 
 
 class Blocks(tuple[Block, ...]):
@@ -327,7 +327,7 @@ def _describe(
     children = [f"{name}.{child}" for name in staying for child in inside[name]._modules]
     alone = sum(macs.get(name, 0) for name in staying) - sum(macs.get(name, 0) for name in children)
     layers = tuple(name for name, ps in own.items() if ps and name not in staying)
-    return Block(seen.name, kind, freed, macs[seen.name] - alone, layers, exact, seen.outputs, roots[-1])
+    return Block(seen.name, kind, freed, macs[seen.name] - alone, layers, roots[-1], exact, seen.outputs)
 
 
 def _alone(inside: dict[str, nn.Module], roots: Sequence[str], places: Counter[int]) -> set[nn.Parameter]:

@@ -126,7 +126,7 @@ def plan(
 
     from modprune import ModularityPruner
     from modprune._processes import meet
-    from modprune.criteria import fitted, resolve
+    from modprune.criteria import fitted
     from modprune.data import calibration
     from modprune.specs import load_data
 
@@ -136,7 +136,7 @@ def plan(
     loader = calibration(train, seed, pick_device(device))
     example = torch.zeros(1, *train.images.shape[1:])
     pruner = ModularityPruner(
-        network, example, loader, fitted(resolve(criterion), loader.batch_size * len(loader)),
+        network, example, loader, fitted(criterion, loader.samples),
         flops=flops, params=params, blocks=count, latency=latency, width=width,
     )  # fmt: skip
     chosen = pruner.plan()

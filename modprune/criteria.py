@@ -302,15 +302,18 @@ def resolve(criterion: str | Criterion) -> Criterion:
     return CRITERIA[criterion]()
 
 
-def fitted(criterion: Criterion, samples: int) -> Criterion:
-    """The criterion for no more samples than there are; one's own callable as it is.
+def fitted(criterion: str | Criterion, samples: int) -> Criterion:
+    """As `resolve`; of one given by name, the default asks for no more samples than there are.
 
-    >>> fitted(resolve("modularity"), 300).samples
+    >>> fitted("modularity", 300).samples
     300
     """
-    if type(criterion) in CRITERIA.values() and getattr(criterion, "samples", 0) > samples:
-        return replace(criterion, samples=samples)  # type: ignore[type-var]
-    return criterion
+    made: Any = resolve(criterion)
+    if not isinstance(criterion, str):
+        return made
+    if isinstance(made, Consensus):
+        return replace(made, criteria=[fitted(name, samples) for name in made.criteria])
+    return replace(made, samples=min(made.samples, samples)) if hasattr(made, "samples") else made
 
 
 def name_of(criterion: Criterion) -> str:

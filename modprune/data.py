@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from modprune._processes import place
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -167,6 +168,11 @@ class ImageLoader:
         share = len(self._share(torch.arange(len(self.data))))
         return share // self.batch_size if self.shuffle else -(-share // self.batch_size)
 
+    @property
+    def samples(self) -> int:
+        """How many images an epoch gives, over all processes."""
+        return len(self) * self.batch_size * place()[1] if self.shuffle else len(self.data)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = torch.arange(len(self.data))
         if self.shuffle:
@@ -186,10 +192,8 @@ class ImageLoader:
         return torch.cat([offsets, flips], 1).to(self.device)
 
     def _share(self, order: Tensor) -> Tensor:
-        if not (self.shuffle and dist.is_available() and dist.is_initialized()):
-            return order
-        processes = dist.get_world_size()
-        return order[: len(order) // processes * processes][dist.get_rank() :: processes]  # as many for each
+        rank, processes = place() if self.shuffle else (0, 1)
+        return order[: len(order) // processes * processes][rank::processes]  # as many for each
 
 
 def calibration(data: ImageData, seed: int = 0, device: torch.device | str = "cpu") -> ImageLoader:

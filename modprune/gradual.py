@@ -127,10 +127,10 @@ class GradualPruning:
         Returns:
             The plan of the stage; None if nothing was removed.
         """
-        while self.stage < len(self.shares) and not (left := self._left(self.shares[self.stage])):
-            self._advance()  # met by what has gone before
+        self._pass_over()
         if self.stage == len(self.shares) or not self._is_due(count):
             return None
+        left = self._left(self.shares[self.stage])
         pruner = ModularityPruner(self.model, self.example, self.loader, **self.options, **left)  # type: ignore[arg-type]
         plan = pruner.plan()
         with carry_over(self.model, *optimizers):
@@ -139,8 +139,9 @@ class GradualPruning:
         self._advance()
         return plan
 
-    def check_done(self) -> None:
-        """Warn, at the end of a training, if stages never came due."""
+    def warn_if_unfinished(self) -> None:
+        """To be called at the end of a training: warns if stages never came due."""
+        self._pass_over()
         if self.stage < len(self.shares):
             warnings.warn(
                 f"{self.stage} of {len(self.shares)} stages of pruning came due before the training ended "
@@ -158,6 +159,11 @@ class GradualPruning:
             plan.apply(self.model, self.example)
             self._note(plan)
         self.stage = state["stage"]
+
+    def _pass_over(self) -> None:
+        """Stages that are met by what has gone before."""
+        while self.stage < len(self.shares) and not self._left(self.shares[self.stage]):
+            self._advance()
 
     def _is_due(self, count: int) -> bool:
         return self.at(count, self.model) if callable(self.at) else count >= self.at[self.stage]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,10 @@ from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
 from modprune.recipe import Recipe
 from modprune.report import Report, compare
-from modprune.store import load, save
+from modprune.store import checksum, load, save
 from modprune.tracking import check_names, trackers
 
-WRITTEN = (
-    *("run.json", "plan.json", "curve.json", "curve.png", "metrics.csv", "model.safetensors"),
-    *("report.json", "report.md"),
-)
+RESULTS = ("curve.json", "curve.png", "metrics.csv", "model.safetensors", "report.json", "report.md")
 
 
 def prune_job(
@@ -70,8 +66,8 @@ def prune_job(
         train: for calibration and fine-tuning; nothing is chosen by `test`, which the report is measured on.
         test: as `train`.
         out: a folder, made if needed.
-        flops, params, blocks, latency, width, criterion: see `ModularityPruner`. A criterion takes all images there are
-            where it asks for more.
+        flops, params, blocks, latency, width, criterion: see `ModularityPruner`. A criterion given by
+            name measures all images there are where its default is more.
         recipe: of the fine-tuning; None leaves it out.
         batch_size, pad: of the training images, see `ImageLoader`.
         seed: of calibration images, order and augmentation.
@@ -90,8 +86,8 @@ def prune_job(
     rest = {"recipe": recipe and asdict(recipe), "batch_size": batch_size, "pad": pad, "seed": seed}
     made_of = {
         "network": type(model).__name__,
-        "weights": _digest(value for value in model.state_dict().values() if isinstance(value, Tensor)),
-        "images": _digest([train.images, train.labels]),
+        "weights": _digest(model.state_dict()),
+        "images": _digest({"images": train.images, "labels": train.labels}),
     }
     arguments = {**made_of, "criterion": name_of(resolve(criterion)), **budgets, **rest}
     # Before the minutes of measuring, not after.
@@ -108,13 +104,11 @@ def prune_job(
     plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
     if plan is None:
         images = calibration(train, seed, device)
-        scored_by = fitted(resolve(criterion), images.batch_size * len(images))
-        pruner = ModularityPruner(model, example, images, scored_by, **budgets)  # type: ignore[arg-type]
+        scorer = fitted(criterion, images.samples)
+        pruner = ModularityPruner(model, example, images, scorer, **budgets)  # type: ignore[arg-type]
         plan = pruner.plan()
         if first:
-            for name in WRITTEN:  # by another run into this folder: the two must not mix
-                (out / name).unlink(missing_ok=True)
-            _describe(out, arguments, device)
+            _begin(out, arguments, device)
             _write_plan(pruner, out)
     pruned = plan.apply(copy.deepcopy(model), example)
     if recipe is not None:
@@ -181,6 +175,14 @@ def _write_plan(pruner: ModularityPruner, out: Path) -> None:
     plan.to_json(out / "plan.json")
 
 
+def _begin(out: Path, arguments: dict[str, Any], device: torch.device) -> None:
+    """In the place of a run that may have been there; a kill at any moment leaves nothing of it to go on with."""
+    (out / "plan.json").unlink(missing_ok=True)
+    _describe(out, arguments, device)
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+
+
 def _describe(out: Path, arguments: dict[str, Any], device: torch.device, finished: bool = False) -> None:
     """`run.json`: what somebody needs to know of the run a year later."""
     place = {"device": str(device), "host": platform.node(), "folder": str(Path.cwd()), "commit": commit(Path.cwd())}
@@ -188,12 +190,9 @@ def _describe(out: Path, arguments: dict[str, Any], device: torch.device, finish
     write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """A few letters that are others for other values."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+def _digest(values: Mapping[str, Any]) -> str:
+    """A few letters that are others for other tensors."""
+    return checksum({}, {name: value for name, value in values.items() if isinstance(value, Tensor)})[:16]
 
 
 def _story(plan: PruningPlan) -> str:

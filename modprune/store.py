@@ -50,7 +50,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "narrowed": narrowed_layers(model),
         "cifar_resnet": _shape_of(model),
     }
-    header = {"format": FORMAT, **structure, "sha256": _checksum(structure, tensors)}
+    header = {"format": FORMAT, **structure, "sha256": checksum(structure, tensors)}
     write_bytes(path, safetensors.torch.save(tensors, metadata={"modprune": json.dumps(header)}))
 
 
@@ -70,7 +70,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if "modprune" not in metadata:
         raise ValueError(f"{path}: not a file of modprune.save; for plain weights use modprune.load_weights")
     header = _header(path, metadata["modprune"])
-    if header.pop("sha256") != _checksum(header, tensors):
+    if header.pop("sha256") != checksum(header, tensors):
         raise ValueError(f"{path}: its contents do not match their checksum: the file was altered; get it anew")
     plan = _plan(path, header["plan"])
     narrowed = header["narrowed"]
@@ -109,10 +109,9 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """
     path = Path(path)
     state: Any
+    metadata: Mapping[str, str] = {}
     if path.suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
-        if "modprune" in metadata and _plan(path, _header(path, metadata["modprune"])["plan"]).remove:
-            raise ValueError(f"{path}: a pruned network, as modprune.save writes it: modprune.load reads it")
     else:
         state = _read_torch(path)
     for key in ("state_dict", "model"):
@@ -125,7 +124,12 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         tensors = {_PREFIX.sub("", name): tensor for name, tensor in tensors.items()}
     counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked") and k not in tensors}
     tensors |= counters  # older checkpoints have none
-    _check_fit(path, model, tensors)
+    try:
+        _check_fit(path, model, tensors)
+    except ValueError as error:
+        if "modprune" not in metadata:
+            raise
+        raise ValueError(f"{error}; a pruned network in a file of modprune.save is what modprune.load reads") from None
     _fill(model, tensors)
     return model
 
@@ -224,10 +228,11 @@ def _check_fit(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]
     raise ValueError(f"{path}: weights of another network or number of classes: {detail} ({count} names differ)")
 
 
-def _checksum(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def checksum(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of values of JSON's types and of tensors on any device, with their names, types and shapes."""
     digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from modprune._autograd import first_line, traceable
 from modprune._depgraph import dependency_graph
 from modprune._inputs import batch_size, call, device_of, evaluating, first_tensor, opened, to_device
+from modprune._random import is_untouched, random_state
 from modprune._trace import MARK, traced_kind, traced_outputs
 from modprune.blocks import Block, check_bare, find_blocks, zeroed
 from modprune.bypass import PassThrough, norm_after, stand_ins, swap
@@ -176,12 +177,12 @@ def _skipped(
         for name in going:
             stack.enter_context(zeroed(model.get_submodule(name)))
         with torch.no_grad(), evaluating(model):
-            dice = torch.get_rng_state()
+            dice = random_state(None)
             try:
                 made = _tensors(call(model, to_device(example_inputs, device_of(model))))
             except Exception:  # of the others, and said when all have gone
                 return []
-            return made if torch.equal(dice, torch.get_rng_state()) else []
+            return made if is_untouched(dice) else []
 
 
 def _problem(

@@ -14,8 +14,6 @@ import torch
 from accelerate import PartialState
 
 import modprune
-from modprune.budget import Budget
-from modprune.criteria import resolve
 from modprune.data import ImageLoader, cifar10, cifar100
 from modprune.job import prune_job
 from modprune.models import MODELS
@@ -28,13 +26,14 @@ TRAINING = {"lr": 0.1, "weight_decay": 5e-4}
 
 def main(arguments: argparse.Namespace) -> None:
     """Train if need be, prune, recover, report."""
-    recipe, budget = Recipe(epochs=arguments.epochs, lr=arguments.lr), Budget(arguments.flops, arguments.params)
-    criterion = resolve(arguments.criterion)  # what is wrong is told before the training, not after
+    recipe = Recipe(epochs=arguments.epochs, lr=arguments.lr)
+    pruning = {name: getattr(arguments, name) for name in ("criterion", "flops", "params", "width")}
     processes = PartialState()
     out, device = arguments.out, processes.device
     torch.manual_seed(arguments.seed)
     train, test = (DATA[arguments.data](arguments.data_dir, train=part) for part in (True, False))
     network = MODELS[arguments.model](num_classes=train.num_classes).to(device)
+    modprune.ModularityPruner(network, None, (), **pruning)  # what is wrong is told before the training, not after
     trained = out / "trained.safetensors"
     if arguments.weights or trained.exists():
         modprune.load_weights(network, arguments.weights or trained)
@@ -47,8 +46,8 @@ def main(arguments: argparse.Namespace) -> None:
         if processes.is_main_process:
             modprune.save(network, trained)
     report = prune_job(
-        network, train, test, out, flops=budget.flops, params=budget.params, width=arguments.width,
-        criterion=criterion, recipe=recipe, batch_size=BATCH, pad=PAD, seed=arguments.seed, resume=arguments.resume,
+        network, train, test, out, **pruning,
+        recipe=recipe, batch_size=BATCH, pad=PAD, seed=arguments.seed, resume=arguments.resume,
     )  # fmt: skip
     processes.print(report)
 

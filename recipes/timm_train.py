@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> None:
             ema = ModelEmaV3(model, decay=0.9998)  # added: the old average holds on to what went
             print("removed", ", ".join(plan.remove))  # added
         print(f"epoch {epoch + 1}: loss {losses.avg:.3f}, Top-1 {top1(model, test, device):.2f} %")
-    prune.check_done()  # added: warns if training ended before all stages came due
+    prune.warn_if_unfinished()  # added: warns if training ended before all stages came due
     modprune.save(model, arguments.out)  # added: weights and plan
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -24,12 +23,10 @@ from modprune.cli import app, main
 from modprune.criteria import CRITERIA
 from modprune.models import resnet20
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-
 
 def run(*arguments: object, check: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "modprune", *map(str, arguments)], capture_output=True, text=True, env=ENV, check=False
+        [sys.executable, "-m", "modprune", *map(str, arguments)], capture_output=True, text=True, check=False
     )
     assert done.returncode == check, done.stderr
     return done
@@ -179,7 +176,7 @@ def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
 
     cut = tmp_path / "cut"
     command = [sys.executable, "-m", "modprune", *map(str, prune(weights, cut, *options))]
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(cut.glob("checkpoints/epoch-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -233,7 +230,7 @@ def test_processes_of_torchrun_share_the_work_and_one_writes(weights, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     texts = json.dumps([[str(word) for word in command] for command in commands])
     each = [*launch, str(tmp_path / "each.py"), texts]
-    done = subprocess.run(each, env=ENV, capture_output=True, text=True, check=False)
+    done = subprocess.run(each, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [done.stdout.count(once) for once in ("Written to", "2 blocks go", "spread")] == [1, 1, 1]
     assert in_process("curve", *little, "--json", tmp_path / "one.json").exit_code == 0

@@ -30,6 +30,7 @@ from modprune.criteria import (
     Random,
     Taylor,
     _turned,
+    fitted,
     linear_cka,
     name_of,
 )
@@ -320,6 +321,16 @@ def test_a_consensus_is_the_mean_rank():
     both = Consensus((fixed(1.0, 2.0, 3.0), fixed(900.0, 5.0, 5.0)))(model, blocks, [])
     assert both.values.tolist() == [[0, 0.5, 1], [1, 0, 0]]
     assert list(both.mean.values()) == [0.5, 0.25, 0.5]
+
+
+def test_a_name_measures_what_there_is_and_an_instance_what_it_says():
+    assert fitted("modularity", 300) == Modularity(samples=300)
+    assert fitted("linear_probe", 10**6) == LinearProbe()
+    assert fitted(Modularity(samples=900), 300) == Modularity(samples=900)
+    joined = fitted("consensus", 300)
+    assert isinstance(joined, Consensus)
+    assert joined.criteria == [fitted(name, 300) for name in Consensus().criteria]
+    assert fitted("l1_norm", 300) == L1Norm()
 
 
 def test_names():

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from modprune import PruningPlan, load, save
 from modprune.models import CifarResNet
-from modprune.store import _checksum
+from modprune.store import checksum
 
 EXAMPLES = int(os.environ.get("MODPRUNE_FUZZ", "60"))
 FUZZ = settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -126,7 +126,7 @@ def test_forged_headers_with_the_right_checksum(tmp_path_factory, data):
         shape = data.draw(st.lists(st.integers(0, 5), max_size=5))
         tensors[name] = torch.zeros(shape, dtype=data.draw(st.sampled_from([torch.float32, torch.int8, torch.bool])))
     signed = {key: header.get(key) for key in ("plan", "narrowed", "cifar_resnet")}
-    header["sha256"] = _checksum(signed, tensors)
+    header["sha256"] = checksum(signed, tensors)
     path.write_bytes(safetensors.torch.save(tensors, {"modprune": json.dumps(header)}))
     check(path, folder)
 

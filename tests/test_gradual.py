@@ -82,11 +82,11 @@ def test_stages_that_never_came_due_are_told():
     prune = GradualPruning(model, loader(), "l1_norm", at=(1, 9), shares=(0.5, 1), blocks=4)
     prune(1)
     with pytest.warns(UserWarning, match=r"1 of 2 stages .*at=\(1, 9\)\), 2 blocks went"):
-        prune.check_done()
+        prune.warn_if_unfinished()
     prune(9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prune.check_done()
+        prune.warn_if_unfinished()
 
 
 def test_a_wrapped_model_is_refused_before_anything_goes():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modprune import ModularityPruner, PruningPlan, find_blocks, finetune, modularity_curve
 from modprune._processes import check_alike
-from modprune.criteria import BlockScores
+from modprune.checkpoints import save_state
+from modprune.criteria import BlockScores, Modularity
 from modprune.data import ImageLoader, digits
 from modprune.models import resnet20
 
@@ -55,6 +58,33 @@ def common_curve(rank: int) -> list:
 
 def averaged_plan(rank: int) -> str:
     return ModularityPruner(network(), X, [], by_rank, blocks=3).plan().to_json()
+
+
+def other_statistics(rank: int) -> list:
+    """Batch norm of each process has seen images of its own; the plan is made with those of the first."""
+    model = network()
+    model.bn1.running_mean += 5 * rank
+    loader = ImageLoader(digits(True), 50)
+    scores = ModularityPruner(model, X, loader, Modularity(samples=100), blocks=3).plan().scores
+    return [list(scores.values()), float(model.bn1.running_mean.sum())]
+
+
+def disk_full_for_one(rank: int) -> str:
+    """What saves the states of both fails in one: both are told, and nothing is left lying about."""
+    folder = Path("disk-full")
+
+    def write(path: str) -> None:
+        if rank == 1:
+            raise OSError("No space left on device")
+        Path(path).mkdir(parents=True)
+
+    accelerator = SimpleNamespace(is_main_process=rank == 0, wait_for_everyone=dist.barrier, save_state=write)
+    try:
+        save_state(accelerator, folder, 1)
+    except OSError as error:
+        dist.barrier()  # the first tidies up
+        return f"{error} {sorted(path.name for path in folder.iterdir())}"
+    return "saved"
 
 
 def other_weights(rank: int) -> None:
@@ -117,6 +147,8 @@ CASES = (
         sharded_curve_of_little_memory,
         common_curve,
         averaged_plan,
+        other_statistics,
+        disk_full_for_one,
         other_weights,
         other_budget,
     ),
@@ -126,6 +158,7 @@ CASES = (
 
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    os.chdir(folder)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for case in CASES:
         try:
@@ -168,6 +201,18 @@ def test_scores_of_all_processes_count(of_both):
     assert zero == one
     scores = list(json.loads(zero)["scores"].values())
     assert scores == [4.0, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
+
+
+def test_a_plan_is_made_with_the_statistics_of_the_first(of_both):
+    alone = Modularity(samples=100)(network(), find_blocks(network(), X), ImageLoader(digits(True), 50)).mean
+    for scores, moved in of_both(other_statistics):
+        assert np.allclose(scores, list(alone.values()), atol=1e-6)
+        assert moved == 0
+
+
+def test_a_state_that_one_cannot_write_is_told_to_all(of_both):
+    for found in of_both(disk_full_for_one):
+        assert "the state after epoch 1 cannot be written (No space left on device); is the disk full? []" in found
 
 
 def test_processes_that_differ_are_named(of_both):

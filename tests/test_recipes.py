@@ -6,7 +6,6 @@ import copy
 import gc
 import importlib.util
 import json
-import os
 import re
 import runpy
 import signal
@@ -30,7 +29,6 @@ from modprune.models import resnet20
 from modprune.specs import build_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def recipe(name: str) -> ModuleType:
@@ -63,6 +61,18 @@ def test_cifar_does_not_train_for_weights_that_are_not_there(tmp_path):
     cifar.DATA = {"cifar10": lambda root, train: digits(train)}
     with pytest.raises(FileNotFoundError, match=r"typo\.th: no such file"):
         cifar.main(cifar.parse(["--model", "resnet20", "--weights", "typo.th", "--out", str(tmp_path)]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [("--flops 60", "flops=60.0"), ("--width 2", "width=2.0"), ("--criterion magic", "criterion 'magic' is unknown")],
+)
+def test_cifar_does_not_train_for_options_that_cannot_be_met(wrong, message, tmp_path, monkeypatch):
+    cifar = recipe("cifar")
+    cifar.DATA = {"cifar10": lambda root, train: digits(train)}
+    monkeypatch.setattr(modprune, "finetune", lambda *_, **__: pytest.fail("trained before it looked"))
+    with pytest.raises(ValueError, match=message):
+        cifar.main(cifar.parse(["--model", "resnet20", *wrong.split(), "--out", str(tmp_path)]))
 
 
 def image_folder(root: Path) -> None:
@@ -110,7 +120,7 @@ def test_imagenet(tmp_path, capsys, monkeypatch):
         imagenet.main(imagenet.parse([*map(str, command[2:]), "--batch-size", "8", "--epochs", "2", "--resume"]))
     AcceleratorState._reset_state(True)
     again = [*map(str, command), "--epochs", "3", "--resume"]
-    done = subprocess.run(again, capture_output=True, text=True, env=ENV, check=False)
+    done = subprocess.run(again, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with pytest.raises(ValueError, match="holds the state of a run: resume it, or give another folder"):
         imagenet.main(imagenet.parse(list(map(str, command[2:]))))
@@ -157,7 +167,7 @@ def test_torchvision_in_two_processes(tmp_path):
         ),
         *("--size", 64, "--epochs", 2, "--samples", 12, "--batch-size", 4, "--workers", 0, "--out", out),
     ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENV, check=False)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2: loss") == 1
     whole = build_model("torchvision:resnet18")

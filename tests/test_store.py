@@ -13,7 +13,7 @@ import torchvision
 
 from modprune.models import CifarResNet, resnet20, resnet56
 from modprune.plan import PruningPlan
-from modprune.store import _checksum, load, load_weights, save
+from modprune.store import checksum, load, load_weights, save
 from modprune.surgery import removed_blocks
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -91,7 +91,7 @@ def test_a_damaged_header(saved, change):
         header = json.loads(file.metadata()["modprune"]) | change
     tensors = safetensors.torch.load(path.read_bytes())
     structure = {key: value for key, value in header.items() if key not in ("format", "sha256")}
-    header["sha256"] = _checksum(structure, tensors)  # whoever forges a header can forge this too
+    header["sha256"] = checksum(structure, tensors)  # whoever forges a header can forge this too
     path.write_bytes(safetensors.torch.save(tensors, {"modprune": json.dumps(header)}))
     with pytest.raises(ValueError, match=rf"{path.name}: its header is damaged"):
         load(path)
@@ -190,6 +190,13 @@ def test_bad_weights_are_one_line_and_change_nothing(tmp_path, capsys):
         load_weights(model, tmp_path / "missing.th")
     assert torch.equal(model(X), before)
     assert "this code came out" not in capsys.readouterr().out
+
+
+def test_weights_of_a_pruned_network_fit_the_same_one_alone(saved):
+    model, path = saved
+    assert torch.equal(load_weights(load(path), path).eval()(X), model(X))
+    with pytest.raises(ValueError, match=r"another network .*; a pruned network in a file of modprune\.save is what"):
+        load_weights(resnet20(num_classes=7), path)
 
 
 def test_extra_state_that_is_no_tensor_is_named(tmp_path):

@@ -65,4 +65,4 @@ class PruningCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook: warn if stages never came due."""
         if self.pruning is not None:
-            self.pruning.check_done()
+            self.pruning.warn_if_unfinished()

@@ -61,4 +61,4 @@ class PruningCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """The Trainer's hook: warn if stages never came due."""
         if self.pruning is not None:
-            self.pruning.check_done()
+            self.pruning.warn_if_unfinished()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
 import sys
@@ -12,8 +11,6 @@ import torch
 
 from modprune.checkpoints import states
 from modprune.models import resnet20
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(folder: Path, *more: object) -> list[str]:
@@ -32,7 +29,7 @@ def strays(folder: Path) -> list[Path]:
 def test_a_full_disk_is_one_line_and_leaves_no_half_of_a_file(tmp_path):
     # A limit on the size of files fails writes as a full disk does, with another number.
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
-    done = subprocess.run(command(tmp_path), env=ENV, capture_output=True, text=True, check=False, preexec_fn=limit)
+    done = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False, preexec_fn=limit)
     assert done.returncode == 1
     assert "the state after epoch 1 cannot be written" in done.stderr
     assert "Traceback" not in done.stderr

@@ -106,6 +106,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
     (9, 'layer1.0', 'identity', 4672, 'transition')
     """
     check_bare(model)
+    check_filled(model)
     with traceable(model):
         inputs = to_device(example_inputs, device_of(model))
         with counted_macs(model, inputs) as macs:
@@ -135,8 +136,6 @@ def check_bare(model: nn.Module) -> None:
     """ValueError if blocks cannot be seen or replaced safely because the model is wrapped or compiled."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(f"the model is wrapped in {type(model).__name__}: pass model.module, then wrap it anew")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the model has no weights yet (it is on the meta device): load them first")
     # Version 1 wraps modules, version 2 puts DTensors in the place of parameters. To import either takes a second.
     for module in model.modules():
         if "_fsdp_wrapped_module" in module._modules or any(
@@ -145,6 +144,12 @@ def check_bare(model: nn.Module) -> None:
             raise ValueError("the model is sharded over devices (FSDP): remove blocks before, then shard what is left")
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise ValueError("the model is compiled: pass the module as it was before; compile it after the pruning")
+
+
+def check_filled(model: nn.Module) -> None:
+    """ValueError if the model cannot run because it has no values."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model has no weights yet (it is on the meta device): load them first")
 
 
 # The kind of a block and the parameters of it that stay, by id: those of a transition's shortcut.

@@ -201,7 +201,7 @@ def evaluate(
     data: Data = "cifar10", data_dir: DataDir = Path("data"),
     network: Annotated[
         str | None,
-        typer.Option(help="The unpruned network, as --model elsewhere; not needed for resnet20 to resnet110.",
+        typer.Option(help="The unpruned network, as --model elsewhere; not needed for built-in ones.",
                      callback=lambda value: value and check_model(value)),
     ] = None,
     device: Device = "auto", json_: Json = None,

@@ -8,7 +8,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from modprune._autograd import first_line
 from modprune._files import write_bytes
-from modprune.models import CifarResNet
+from modprune.blocks import check_filled
+from modprune.models import CifarResNet, CifarResNet18, CifarVGG
 from modprune.plan import PruningPlan
 from modprune.surgery import removed_blocks
 from modprune.width import narrowed_layers, resize
 
-FORMAT = 1
+FORMAT = 2
+BUILT_IN = {made.__name__: made for made in (CifarResNet, CifarResNet18, CifarVGG)}
 _PREFIX = re.compile(r"^(module|_orig_mod)\.")
 
 
@@ -48,7 +50,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     structure = {
         "plan": json.loads(removed_blocks(model).to_json()),
         "narrowed": narrowed_layers(model),
-        "cifar_resnet": _shape_of(model),
+        "built_in": _maker_of(model),
     }
     header = {"format": FORMAT, **structure, "sha256": checksum(structure, tensors)}
     write_bytes(path, safetensors.torch.save(tensors, metadata={"modprune": json.dumps(header)}))
@@ -59,8 +61,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         path: a file that `save` wrote.
-        model: a fresh unpruned model of the same architecture, pruned and filled in place; not needed for the CIFAR
-            ResNets of `modprune.models`.
+        model: a fresh unpruned model of the same architecture, pruned and filled in place; not needed for the networks
+            of `modprune.models`, which come in training mode, on the CPU.
 
     Raises:
         OSError: if the file is not there; ValueError: if it is truncated, altered, of a newer format, not written by
@@ -77,22 +79,16 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if not isinstance(narrowed, list) or not all(isinstance(name, str) for name in narrowed):
         raise ValueError(f"{path}: its header is damaged: get it anew")
     if model is None:
-        model = _build(path, header["cifar_resnet"], most=len(tensors) + len(plan.remove))
-    try:
-        trial = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the {type(model).__name__} given cannot be copied ({first_line(error):.80}): with "
-            "torch.nn.utils.parametrizations in the place of hooks such as weight_norm it can"
-        ) from None
-    for candidate in (trial, model):  # all that can fail fails on the trial, before the caller's model is touched
-        try:
-            plan.apply(candidate)
-            resize(candidate, narrowed, tensors)
-        except ValueError as error:
-            raise ValueError(f"{path}: a file of another network: {error}") from error
-        _check_fit(path, candidate, tensors)
-        _take_types(candidate, tensors)
+        of_format_1 = header.get("cifar_resnet")
+        maker = header.get("built_in") or (of_format_1 and {"class": "CifarResNet", "arguments": of_format_1})
+        model = _build(path, maker, most=len(tensors) + len(plan.remove))
+        _take_shape(model, path, plan, narrowed, tensors)
+        model.to_empty(device="cpu")
+        _fill(model, tensors)
+        return model
+    check_filled(model)
+    for candidate in (_copied(model), model):  # all that can fail fails on a copy, before the caller's is touched
+        _take_shape(candidate, path, plan, narrowed, tensors)
         _fill(candidate, tensors)
     return model
 
@@ -134,8 +130,26 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     return model
 
 
-def _take_types(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """What is filled in is to be what was saved: float32 would round float64."""
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the {type(model).__name__} given cannot be copied ({first_line(error):.80}): with "
+            "torch.nn.utils.parametrizations in the place of hooks such as weight_norm it can"
+        ) from None
+
+
+def _take_shape(
+    model: nn.Module, path: str | Path, plan: PruningPlan, narrowed: Sequence[str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Make the model one that the tensors fit, in shape and type: float32 would round float64."""
+    try:
+        plan.apply(model)
+        resize(model, narrowed, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: a file of another network: {error}") from error
+    _check_fit(path, model, tensors)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in tensors:  # all but what is not to be saved
             tensor.data = tensor.data.to(tensors[name].dtype)
@@ -188,7 +202,8 @@ def _header(path: str | Path, text: str) -> dict[str, Any]:
             raise TypeError
         if version > FORMAT:
             raise ValueError(f"{path}: of format {version}; this modprune reads up to {FORMAT}: update modprune")
-        return {key: header[key] for key in ("sha256", "plan", "narrowed", "cifar_resnet")}
+        maker = "cifar_resnet" if version == 1 else "built_in"
+        return {key: header[key] for key in ("sha256", "plan", "narrowed", maker)}
     except (KeyError, TypeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path}: its header is damaged: get it anew") from None
 
@@ -238,27 +253,23 @@ def checksum(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     return digest.hexdigest()
 
 
-def _shape_of(model: nn.Module) -> dict[str, Any] | None:
-    if type(model) is not CifarResNet:  # a subclass may compute something else
+def _maker_of(model: nn.Module) -> dict[str, Any] | None:
+    """The class and arguments of a built-in network; None for others, also where its head is of another kind."""
+    if type(model) not in BUILT_IN.values() or not hasattr(model, "arguments"):  # a subclass may compute something else
         return None
-    stages = (model.layer1, model.layer2, model.layer3)
-    return {
-        "blocks": [len(stage) for stage in stages],
-        "num_classes": model.linear.out_features,
-        "in_channels": model.conv1.in_channels,
-    }
+    return {"class": type(model).__name__, "arguments": model.arguments}
 
 
-def _build(path: str | Path, shape: Any, most: int) -> nn.Module:
-    """A built-in network of at most `most` blocks: a forged header shall not cost more than the file is long."""
-    if shape is None:
+def _build(path: str | Path, maker: Any, most: int) -> nn.Module:
+    """A built-in network without values; of at most `most` blocks: a forged header costs no more than its file."""
+    if maker is None:
         raise ValueError(f"{path}: not of a network that modprune has built in: give the unpruned model to load into")
     try:
-        blocks, sizes = shape["blocks"], (shape["num_classes"], shape["in_channels"])
-        if len(blocks) != 3 or not all(type(n) is int and 1 <= n <= 1000 for n in (*blocks, *sizes)):
+        arguments = dict(maker["arguments"])
+        sizes = [size for name, size in arguments.items() if name != "blocks"]
+        if not all(1 <= count <= most for count in arguments.get("blocks", ())) or not all(size > 0 for size in sizes):
             raise ValueError
-        if sum(blocks) > most:
-            raise ValueError
-        return CifarResNet(tuple(blocks), *sizes)
-    except (KeyError, TypeError, ValueError):
+        with torch.device("meta"):
+            return BUILT_IN[maker["class"]](**arguments)
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
         raise ValueError(f"{path}: its header is damaged: get it anew") from None

@@ -117,7 +117,8 @@ def test_forged_headers_with_the_right_checksum(tmp_path_factory, data):
         header = json.loads(file.metadata()["modprune"])
     tensors = safetensors.torch.load_file(path)
     places: list[tuple[Any, Any]] = [(header, key) for key in header if key != "sha256"]
-    places += [(header[part], key) for part in ("plan", "cifar_resnet") for key in header[part]]
+    places += [(header[part], key) for part in ("plan", "built_in") for key in header[part]]
+    places += [(header["built_in"]["arguments"], key) for key in header["built_in"]["arguments"]]
     for where, key in data.draw(st.lists(st.sampled_from(range(len(places))), min_size=1, max_size=3).map(
         lambda chosen: [places[i] for i in chosen]
     )):  # fmt: skip
@@ -125,7 +126,7 @@ def test_forged_headers_with_the_right_checksum(tmp_path_factory, data):
     for name in data.draw(st.lists(st.sampled_from(sorted(tensors)), max_size=2, unique=True)):
         shape = data.draw(st.lists(st.integers(0, 5), max_size=5))
         tensors[name] = torch.zeros(shape, dtype=data.draw(st.sampled_from([torch.float32, torch.int8, torch.bool])))
-    signed = {key: header.get(key) for key in ("plan", "narrowed", "cifar_resnet")}
+    signed = {key: header.get(key) for key in ("plan", "narrowed", "built_in")}
     header["sha256"] = checksum(signed, tensors)
     path.write_bytes(safetensors.torch.save(tensors, {"modprune": json.dumps(header)}))
     check(path, folder)

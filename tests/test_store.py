@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 import torchvision
 
-from modprune.models import CifarResNet, resnet20, resnet56
+from modprune.blocks import find_blocks
+from modprune.models import MODELS, CifarResNet, resnet18, resnet20, resnet56
 from modprune.plan import PruningPlan
 from modprune.store import checksum, load, load_weights, save
 from modprune.surgery import removed_blocks
@@ -33,6 +34,55 @@ def test_round_trip_with_and_without_a_model(saved):
     for loaded in (load(path), load(path, resnet20(num_classes=7))):
         assert torch.equal(loaded.eval()(X), model(X))
         assert removed_blocks(loaded).remove == REMOVE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_built_in_network_comes_back_by_itself(name, tmp_path):
+    model = MODELS[name](num_classes=7).eval()
+    last = [block.name for block in find_blocks(model, X)][-1]
+    PruningPlan((last,)).apply(model)
+    save(model, tmp_path / "a.safetensors")
+    drawn = torch.get_rng_state()
+    loaded = load(tmp_path / "a.safetensors")
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert type(loaded) is type(model)
+    assert loaded.training
+    assert all(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(loaded.eval()(X), model(X))
+
+
+def test_a_head_of_ones_own_comes_back_or_asks_for_the_network(tmp_path):
+    model = resnet18(width=0.125).eval()
+    model.linear = torch.nn.Linear(64, 3)
+    save(model, tmp_path / "a.safetensors")
+    assert torch.equal(load(tmp_path / "a.safetensors").eval()(X), model(X))
+    model.linear = torch.nn.Sequential(torch.nn.Linear(64, 3))
+    save(model, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="give the unpruned model to load into"):
+        load(tmp_path / "a.safetensors")
+
+
+def test_a_network_without_values_is_not_filled(saved):
+    _, path = saved
+    with torch.device("meta"):
+        model = resnet20(num_classes=7)
+    for use in (lambda: load(path, model), lambda: find_blocks(model, X)):
+        with pytest.raises(ValueError, match=r"no weights yet \(it is on the meta device\): load them first"):
+            use()
+    assert not removed_blocks(model).remove
+
+
+def test_a_file_of_the_first_format(saved):
+    model, path = saved
+    tensors = safetensors.torch.load(path.read_bytes())
+    structure = {
+        "plan": json.loads(removed_blocks(model).to_json()),
+        "narrowed": [],
+        "cifar_resnet": {"blocks": [3, 3, 3], "num_classes": 7, "in_channels": 3},
+    }
+    header = {"format": 1, **structure, "sha256": checksum(structure, tensors)}
+    path.write_bytes(safetensors.torch.save(tensors, {"modprune": json.dumps(header)}))
+    assert torch.equal(load(path).eval()(X), model(X))
 
 
 def test_a_network_derived_from_a_built_in_one_is_not_taken_for_it(tmp_path):
@@ -80,8 +130,12 @@ def test_a_built_in_network_keeps_its_precision(tmp_path):
         {"format": "1"},
         {"format": 0},
         {"plan": []},
-        {"cifar_resnet": {"blocks": [3, 3], "num_classes": 7}},
-        {"cifar_resnet": {"blocks": [900, 900, 900], "num_classes": 7, "in_channels": 3}},
+        {"built_in": {"class": "CifarResNet", "arguments": {"blocks": [3, 3], "num_classes": 7}}},
+        {"built_in": {"class": "CifarResNet", "arguments": {"blocks": [900, 900, 900], "num_classes": 7}}},
+        {"built_in": {"class": "CifarResNet", "arguments": {"blocks": [10**9, -(10**9), 3]}}},
+        {"built_in": {"class": "CifarVGG", "arguments": {"depth": 12}}},
+        {"built_in": {"class": "Module", "arguments": {}}},
+        {"built_in": 3},
         {"narrowed": [1]},
     ],
 )
@@ -122,7 +176,7 @@ def damage(path, kind: str):
         ("other plan", "the file was altered"),
         ("text", "not a whole safetensors file"),
         ("plain", "not a file of modprune.save"),
-        ("newer", "format 9; this modprune reads up to 1"),
+        ("newer", "format 9; this modprune reads up to 2"),
     ],
 )
 def test_damaged_files(saved, kind, message):

@@ -6,6 +6,9 @@ padded shortcuts without parameters (option A of the paper).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,12 +50,12 @@ class CifarResNet(nn.Module):
     """A stem of 16 channels, three stages of 16, 32 and 64 channels, global average pooling, one linear layer.
 
     Args:
-        blocks: number of blocks in each of the three stages.
+        blocks: number of blocks in each of the three stages, at least 1.
         num_classes: size of the output.
         in_channels: channels of the input: 3 for CIFAR, 1 for grey images.
     """
 
-    def __init__(self, blocks: tuple[int, int, int], num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(self, blocks: Sequence[int], num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
@@ -63,6 +66,12 @@ class CifarResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the constructor that make this network anew, unpruned."""
+        blocks = [len(stage) for stage in (self.layer1, self.layer2, self.layer3)]
+        return {"blocks": blocks, "num_classes": self.linear.out_features, "in_channels": self.conv1.in_channels}
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) images -> (N, num_classes) logits."""

@@ -5,6 +5,8 @@ He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), as CIFAR 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,6 +44,11 @@ class CifarResNet18(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the constructor that make this network anew, unpruned."""
+        return {"num_classes": self.linear.out_features, "width": self.linear.in_features / 512}
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) images -> (N, num_classes) logits."""

@@ -5,6 +5,8 @@ Names and shapes are those of the public CIFAR checkpoints: `features.0` ..., `c
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 POOL = 0
@@ -46,6 +48,13 @@ class CifarVGG(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the constructor that make this network anew, unpruned."""
+        first, *_, last = self.classifier
+        depth = (len(self.features) - 5) // 3 + 3  # poolings, and three modules to a convolution
+        return {"depth": depth, "num_classes": last.out_features, "width": first.in_features / 512}  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, 32, 32) images -> (N, num_classes) logits."""

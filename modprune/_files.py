@@ -36,6 +36,14 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         raise OSError(f"{path}: cannot be written ({error.strerror}); give a folder that can") from error
 
 
+def check_path(path: str | Path) -> None:
+    """Raises OSError, in one line, if no file can be written there; nothing is made."""
+    path = Path(path)
+    found = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if found.is_dir() == (found == path) or not os.access(found, os.W_OK):
+        raise OSError(f"{path}: cannot be written ({found} is in the way); give a file in a folder that can")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """The same for text, in UTF-8."""
     write_bytes(path, text.encode())

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modprune._files import check_path
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -57,6 +59,13 @@ def _fraction(value: float | None) -> float | None:
     return value
 
 
+def to_write(value: Path | None) -> Path | None:
+    """The file of a result, as given; told before the work if it cannot be written."""
+    if value is not None:
+        check_path(value)
+    return value
+
+
 _NETWORKS = (
     f"{', '.join(MODEL_NAMES)}; or torchvision:NAME, timm:NAME, transformers:NAME, path/to/file.py:function "
     "(a file of yours: it is run)."
@@ -85,7 +94,9 @@ Criterion = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of calibration images, their order and augmentation.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file as well.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Write the result as JSON to this file as well.", callback=to_write)
+]
 K = Annotated[int, typer.Option(min=1, help="Neighbours of each sample in the feature graph.")]
 Samples = Annotated[int, typer.Option(min=2, help="Images in each measurement.")]
 Repeats = Annotated[int, typer.Option(min=1, help="How many times to measure, on other images each time.")]

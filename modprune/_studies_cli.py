@@ -234,10 +234,12 @@ def _titles(sources: list[_Source]) -> list[str]:
 
 def _run(out: Path, resume: bool, arguments: list[Any], study: Callable[[Parts], Study]) -> None:
     from modprune._processes import started
+    from modprune.checkpoints import check_writable
     from modprune.studies import Parts
 
     if started() > 1:
         raise ValueError(f"{started()} processes were started, and a study runs in one: start it without a launcher")
+    check_writable(out)
     parts = Parts(out / "parts.json", arguments, resume)
     done = study(parts)
     done.write(out)

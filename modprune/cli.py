@@ -32,6 +32,7 @@ from modprune._options import (
     check_model,
     load_network,
     pick_device,
+    to_write,
 )
 
 # Of click, which some versions of typer carry inside them.
@@ -45,6 +46,12 @@ app = typer.Typer(
     help="Remove whole redundant residual blocks from trained networks, chosen by graph modularity.",
 )
 app.add_typer(_studies_cli.app, name="study")
+
+
+def _png(value: Path | None) -> Path | None:
+    if value is not None and value.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{value}: the picture is a PNG: give a name that ends in .png")
+    return to_write(value)
 
 
 @app.command()
@@ -80,7 +87,9 @@ def blocks(
 def curve(
     model: Model, weights: Weights, data: Data = "cifar10", data_dir: DataDir = Path("data"), k: K = 3,
     samples: Samples = 500, repeats: Repeats = 5, seed: Seed = 0, device: Device = "auto",
-    picture: Annotated[Path | None, typer.Option(help="Draw the curve to this PNG file as well.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the curve to this PNG file as well.", callback=_png)
+    ] = None,
     json_: Json = None,
 ) -> None:  # fmt: skip
     """Measure the modularity Q of every layer on training images: where the classes part, and where nothing happens.

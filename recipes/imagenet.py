@@ -38,6 +38,7 @@ TEST = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), *TO_TENSO
 MOMENTUM, WEIGHT_DECAY, SMOOTHING = 0.9, 1e-4, 0.1  # of torchvision's reference for ResNets
 DISTILL, TEMPERATURE = 0.5, 1.0
 EMA_DECAY = 0.9998
+MAY_DIFFER = ("data_dir", "workers", "epochs", "out", "resume")  # of the arguments of a run and its resumption
 LOOK = 25  # updates between looks at the loss and at the others, which an accelerator has to wait for
 
 
@@ -73,6 +74,8 @@ def pretrained(spec: str, weights: str) -> torch.nn.Module:
     source, _, name = spec.partition(":")
     if weights != "published":
         return modprune.load_weights(build_model(spec), weights)
+    if source not in ("torchvision", "timm") or not name:
+        raise ValueError(f"--model {spec}: give torchvision:NAME or timm:NAME, or --weights too")
     if source == "timm":
         import timm
 
@@ -102,6 +105,23 @@ def main(arguments: argparse.Namespace) -> None:
     train_loader = accelerator.prepare(DataLoader(train, shuffle=True, drop_last=True, **options))
     test_loader = DataLoader(test, **options)
     example = torch.zeros(1, 3, 224, 224, device=accelerator.device)
+    if not len(train_loader):
+        raise ValueError(
+            f"{len(train)} images for --batch-size {arguments.batch_size} in {accelerator.num_processes} processes: "
+            "give a smaller one"
+        )
+    # What plan, steps and rate follow from: a state of another run would turn them into others. More epochs may follow.
+    run = {name: value for name, value in vars(arguments).items() if name not in MAY_DIFFER}
+    run |= {"steps an epoch": len(train_loader), "processes": accelerator.num_processes}
+    run_file = arguments.out / "run.json"
+    before = json.loads(run_file.read_text()) if arguments.resume and run_file.exists() else run
+    if odd := [name for name in run if before.get(name) != run[name]]:
+        there, here = ({name: values.get(name) for name in odd} for values in (before, run))
+        raise ValueError(f"--resume: the run in {arguments.out} has {there}, this one {here}: start it as that was")
+    accelerator.wait_for_everyone()  # to have read it
+    if accelerator.is_main_process:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        run_file.write_text(json.dumps(run, indent=2) + "\n")
 
     plan_file = arguments.out / "plan.json"
     if arguments.resume and plan_file.exists():
@@ -121,15 +141,6 @@ def main(arguments: argparse.Namespace) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 0.05 * steps, steps))
     model, optimizer = accelerator.prepare(bare, optimizer)
     accelerator.register_for_checkpointing(schedule, ema)
-    # What a state counts in: another batch size or number of processes would turn its steps and its rate into others.
-    counted = {"steps an epoch": len(train_loader), "processes": accelerator.num_processes, "lr": lr}
-    counted_file = arguments.out / "steps.json"
-    before = json.loads(counted_file.read_text()) if arguments.resume and counted_file.exists() else counted
-    if before != counted:
-        raise ValueError(f"--resume: the run in {arguments.out} has {before}, this one {counted}: start it as that was")
-    accelerator.wait_for_everyone()  # to have read it
-    if accelerator.is_main_process:
-        counted_file.write_text(json.dumps(counted) + "\n")
     first, begun = load_newest(accelerator, checkpoints) if arguments.resume else (0, 0)
 
     with put_off(signal.SIGTERM) as told:

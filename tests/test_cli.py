@@ -153,8 +153,23 @@ def test_a_missing_data_folder_and_an_unwritable_one(weights, tmp_path):
     done = in_process(*prune(weights, tmp_path / "file", "--epochs", 0, "--criterion", "l1_norm"))
     assert done.exit_code == 1
     assert "cannot be written" in str(done.exception)
-    shared[-1:] = [tmp_path, "--data", "digits", "--samples", 20, "--repeats", 1]
-    assert "ends in .png" in str(in_process("curve", *shared, "--picture", tmp_path / "q.jpg").exception)
+
+
+def test_where_results_go_is_looked_at_before_the_work(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("modprune.modularity_curve", lambda *_, **__: pytest.fail("measured before it looked"))
+    (tmp_path / "file").write_text("")
+    curve = ["curve", "--model", "resnet20", "--weights", weights, "--data", "digits"]
+    for option in ("--json", "--picture"):
+        done = in_process(*curve, option, tmp_path / "file" / "q.png")
+        assert done.exit_code == 1
+        assert f"file/q.png: cannot be written ({tmp_path}/file is in the way)" in str(done.exception)
+    assert "cannot be written" in str(in_process(*curve, "--json", tmp_path).exception)
+    done = in_process(*curve, "--picture", tmp_path / "q.jpg")
+    assert done.exit_code == 2
+    assert "give a name that ends in .png" in done.output
+    done = in_process("study", "curves", *curve[1:], "--out", tmp_path / "file")
+    assert "cannot be written" in str(done.exception)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):

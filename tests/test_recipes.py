@@ -116,8 +116,12 @@ def test_imagenet(tmp_path, capsys, monkeypatch):
         imagenet.main(imagenet.parse([*map(str, command[2:]), "--epochs", "2", "--resume"]))
     assert [state.name for state in states(tmp_path / "out" / "checkpoints")] == ["epoch-0001-step-0000004"]
     AcceleratorState._reset_state(True)
-    with pytest.raises(ValueError, match=r"--resume: the run in .* has \{'steps an epoch': 6, .* this one"):
-        imagenet.main(imagenet.parse([*map(str, command[2:]), "--batch-size", "8", "--epochs", "2", "--resume"]))
+    for other, message in (
+        (["--batch-size", "8"], r"has \{'batch_size': 4, 'steps an epoch': 6\}, this one \{'batch_size': 8, 'steps an"),
+        (["--flops", "0.2"], r"has \{'flops': 0\.1\}, this one \{'flops': 0\.2\}: start it as that was"),
+    ):
+        with pytest.raises(ValueError, match=rf"--resume: the run in .* {message}"):
+            imagenet.main(imagenet.parse([*map(str, command[2:]), *other, "--epochs", "2", "--resume"]))
     AcceleratorState._reset_state(True)
     again = [*map(str, command), "--epochs", "3", "--resume"]
     done = subprocess.run(again, capture_output=True, text=True, check=False)
@@ -131,6 +135,24 @@ def test_imagenet(tmp_path, capsys, monkeypatch):
     assert "epoch 1: Top-1" not in done.stdout
     assert json.loads((tmp_path / "out" / "report.json").read_text())["flops_removed"]["modprune"] >= 0.1
     modprune.load(tmp_path / "out" / "model.safetensors", build_model(network))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's loader, about pinned memory
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("--batch-size 25", "24 images for --batch-size 25 in 1 processes"),
+        ("--model resnet50 --weights published", "--model resnet50: give torchvision:NAME or timm:NAME"),
+    ],
+)
+def test_imagenet_tells_what_is_wrong_before_it_measures(wrong, message, tmp_path):
+    image_folder(tmp_path / "data")
+    torch.save(build_model("torchvision:resnet18").state_dict(), tmp_path / "w.pt")
+    imagenet = recipe("imagenet")
+    options = ["--model", "torchvision:resnet18", "--weights", tmp_path / "w.pt", "--data-dir", tmp_path / "data"]
+    with pytest.raises(ValueError, match=message):
+        imagenet.main(imagenet.parse([*map(str, options), *wrong.split(), "--out", str(tmp_path / "out")]))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore")  # timm leaves files to the garbage collector

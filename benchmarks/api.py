@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import modprune
-from modprune import data, job, specs, studies
+from modprune import data, job, models, recipe, specs, studies
 from modprune._files import write_text
 from modprune.callbacks import lightning, transformers
 from modprune.criteria import CRITERIA
@@ -25,6 +25,8 @@ def page() -> str:
     things |= {f"studies.{name}": getattr(studies, name) for name in studies.__all__}
     rooms = {
         "data": (data.ImageData, data.ImageLoader, data.cifar10, data.cifar100, data.digits),
+        "models": (models.CifarResNet, models.CifarResNet18, models.CifarVGG, *models.MODELS.values()),
+        "recipe": (recipe.Recipe,),
         "specs": (specs.build_model, specs.load_data),
         "job": (job.prune_job,),
         "callbacks.lightning": (lightning.PruningCallback,),

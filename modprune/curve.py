@@ -125,7 +125,7 @@ def modularity_curve(
 
     Raises:
         ValueError: for `k`, `samples` or labels that do not fit, for NaN in the features (names the layer), for a model
-            without residual blocks, and for samples of fewer than two classes or fewer samples than classes.
+            without residual blocks, and for samples of fewer than two classes, or of which no two share a class.
 
     Source: Lu et al. (ECCV 2022), section 3; its defaults are k = 3, N = 500, five repeats.
     """

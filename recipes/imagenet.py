@@ -1,5 +1,7 @@
 """ImageNet: prune a pretrained torchvision or timm network by modularity, fine-tune it with the original as teacher.
 
+For networks that take 224 x 224 images with the mean and spread of ImageNet; those of others are constants below.
+
     accelerate launch recipes/imagenet.py --model torchvision:resnet50 --data-dir imagenet --flops 0.3 --out runs/r50
 
 --data-dir holds train/CLASS/*.jpg and val/CLASS/*.jpg. One process or many, bf16 where the device has it, gradient
@@ -39,6 +41,7 @@ MOMENTUM, WEIGHT_DECAY, SMOOTHING = 0.9, 1e-4, 0.1  # of torchvision's reference
 DISTILL, TEMPERATURE = 0.5, 1.0
 EMA_DECAY = 0.9998
 MAY_DIFFER = ("data_dir", "workers", "epochs", "out", "resume")  # of the arguments of a run and its resumption
+BUDGET = 2**33  # bytes of features that are held at a time: with less, images are forwarded more often
 LOOK = 25  # updates between looks at the loss and at the others, which an accelerator has to wait for
 
 
@@ -127,7 +130,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.resume and plan_file.exists():
         plan = modprune.PruningPlan.from_json(plan_file)
     else:
-        criterion = Modularity(samples=arguments.samples, repeats=arguments.repeats)
+        criterion = Modularity(samples=arguments.samples, repeats=arguments.repeats, budget=BUDGET)
         plan = modprune.ModularityPruner(teacher, example, calibration, criterion, flops=arguments.flops).plan()
         if accelerator.is_main_process:
             plan.to_json(plan_file)
@@ -196,8 +199,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", default="published", help="a file of its weights in place of the published ones")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds train/ and val/")
     parser.add_argument("--flops", type=float, default=0.30, help="fraction of MACs to remove, at least")
-    parser.add_argument("--samples", type=int, default=500, help="images a measurement of Q")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of Q")
+    parser.add_argument("--samples", type=int, default=5000, help="images a measurement of Q: some five a class")
+    parser.add_argument("--repeats", type=int, default=1, help="measurements of Q")
     parser.add_argument("--epochs", type=int, default=30, help="of fine-tuning")
     parser.add_argument("--batch-size", type=int, default=128, help="images a step and process")
     parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are added up")

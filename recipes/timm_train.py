@@ -40,7 +40,7 @@ def main(arguments: argparse.Namespace) -> None:
     ema = ModelEmaV3(model, decay=0.9998)
     smoothed = LabelSmoothingCrossEntropy(0.1)
     shuffled = torch.utils.data.DataLoader(plain, arguments.batch_size, shuffle=True)  # added: all classes in it
-    criterion = modprune.criteria.Modularity(samples=arguments.samples, repeats=2)  # added
+    criterion = modprune.criteria.Modularity(samples=arguments.samples, repeats=1)  # added
     prune = modprune.GradualPruning(model, shuffled, criterion, at=arguments.at, flops=arguments.flops)  # added
 
     for epoch in range(epochs):
@@ -58,9 +58,9 @@ def main(arguments: argparse.Namespace) -> None:
         if plan is not None:  # added
             ema = ModelEmaV3(model, decay=0.9998)  # added: the old average holds on to what went
             print("removed", ", ".join(plan.remove))  # added
-        print(f"epoch {epoch + 1}: loss {losses.avg:.3f}, Top-1 {top1(model, test, device):.2f} %")
+        print(f"epoch {epoch + 1}: loss {losses.avg:.3f}, Top-1 {top1(ema.module, test, device):.2f} %")
     prune.warn_if_unfinished()  # added: warns if training ended before all stages came due
-    modprune.save(model, arguments.out)  # added: weights and plan
+    modprune.save(ema.module, arguments.out)  # added: weights and plan
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=30, help="of training")
     parser.add_argument("--at", type=int, nargs="+", default=[5, 10, 15], help="epochs after which a stage goes")
     parser.add_argument("--flops", type=float, default=0.3, help="fraction of MACs to remove in all, at least")
-    parser.add_argument("--samples", type=int, default=500, help="images a measurement of Q")
+    parser.add_argument("--samples", type=int, default=5000, help="images a measurement of Q: some five a class")
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
     parser.add_argument("--lr", type=float, default=0.05, help="peak rate")
     parser.add_argument("--workers", type=int, default=8, help="processes that read images")

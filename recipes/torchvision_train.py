@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     plain = ImageFolder(arguments.data_dir / "train", centre)  # added: calibration images without augmentation
     mine = DistributedSampler(plain) if processes > 1 else torch.utils.data.RandomSampler(plain)  # added
-    criterion = modprune.criteria.Modularity(samples=arguments.samples, repeats=2)  # added
+    criterion = modprune.criteria.Modularity(samples=arguments.samples, repeats=1)  # added
     example = torch.zeros(1, 3, size, size, device=device)  # added
     calibration = DataLoader(plain, sampler=mine, **options)  # added
     pruner = modprune.ModularityPruner(model, example, calibration, criterion, flops=arguments.flops)  # added
@@ -73,9 +73,9 @@ def main(arguments: argparse.Namespace) -> None:
             ema.update_parameters(model)
         schedule.step()
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"epoch {epoch + 1}: loss {loss:.3f}, Top-1 {modprune.evaluate(model, test).top1:.2f} %")
+            print(f"epoch {epoch + 1}: loss {loss:.3f}, Top-1 {modprune.evaluate(ema.module, test).top1:.2f} %")
     if int(os.environ.get("RANK", "0")) == 0:
-        modprune.save(model, arguments.out)  # added: weights and plan
+        modprune.save(ema.module, arguments.out)  # added: weights and plan
     if processes > 1:
         destroy_process_group()
 
@@ -89,7 +89,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--epochs", type=int, default=30, help="of training")
     parser.add_argument("--flops", type=float, default=0.3, help="fraction of MACs to remove, at least")
-    parser.add_argument("--samples", type=int, default=500, help="images a measurement of Q")
+    parser.add_argument("--samples", type=int, default=5000, help="images a measurement of Q: some five a class")
     parser.add_argument("--batch-size", type=int, default=32, help="images a step and process")
     parser.add_argument("--lr", type=float, default=0.1, help="peak rate")
     parser.add_argument("--workers", type=int, default=8, help="processes that read images")

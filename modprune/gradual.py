@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from modprune.criteria import Criterion, Random, resolve
 from modprune.curve import ModularityCurve, modularity_curve
 from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
+from modprune.surgery import removed_blocks
 
 
 def cubic(stages: int) -> tuple[float, ...]:
@@ -53,13 +54,23 @@ class Settled:
         return float(np.abs(self.last.mean - before.mean).max()) <= self.tolerance
 
 
+def cut_again(model: nn.Module, state: Mapping[str, Any]) -> list[PruningPlan]:
+    """The plans of stages so far, by `GradualPruning.state_dict`; the model loses the blocks that it still has."""
+    plans = [PruningPlan.from_json(text) for text in state["plans"]]
+    gone = set(removed_blocks(model).remove)
+    for plan in plans:
+        if not gone.issuperset(plan.remove):
+            plan.apply(model)
+    return plans
+
+
 class GradualPruning:
     """Meets a budget in stages, between which a loop of your own trains. Call it after every epoch, or every step.
 
-    The fractions are of the model as it is when this is made. After each stage, what holds on to the old parameters
-    other than the optimizers is due anew, see `ModularityPruner.step`. To go on in another process, keep `state_dict()`
-    in the checkpoint, make this anew with the whole model and call `load_state_dict` before the weights come back. What
-    a callable `at` remembers is its own: `Settled` has to look twice again.
+    The fractions are of the model as it is when this is first made. After each stage, what holds on to the old
+    parameters other than the optimizers is due anew, see `ModularityPruner.step`. To go on in another process, keep
+    `state_dict()` in the checkpoint and give it as `state`, before the optimizer is made and the weights come back.
+    What a callable `at` remembers is its own: `Settled` has to look twice again.
 
     Args:
         model: a bare module.
@@ -69,6 +80,8 @@ class GradualPruning:
         shares: of the budget, what is gone after each stage; `cubic` over the counts in `at`, or all at once, if empty.
         flops, params, blocks, ignored_layers: see `ModularityPruner`.
         example_inputs: one sample of the first batch if None.
+        state: of `state_dict()`, to go on after its last stage. The blocks that were gone are removed from the model,
+            if they are still there.
 
     Raises:
         ValueError: for counts that do not rise, shares that do not rise to 1, or not one for each count; else as
@@ -96,6 +109,7 @@ class GradualPruning:
         blocks: int | None = None,
         ignored_layers: Sequence[nn.Module | str] = (),
         example_inputs: Any = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         check_bare(model)
         if not callable(at) and (not at or min(at) < 1 or list(at) != sorted(set(at))):
@@ -110,12 +124,14 @@ class GradualPruning:
             self.example = first_sample(loader) if example_inputs is None else example_inputs
         self.budget = {"flops": flops, "params": params, "blocks": blocks}
         self.options = {"criterion": resolve(criterion), "ignored_layers": ignored_layers}
-        self.whole = self.now = self._sizes()
-        self.plans: list[PruningPlan] = []
-        self.stage = 0
+        self.plans = cut_again(model, state) if state else []
+        self.now = self._sizes()
+        self.whole: dict[str, int] = state["whole"] if state else self.now
+        self.stage: int = min(state["stage"], len(self.shares)) if state else 0
         # Better told now than at the first stage: whether the budget can be met at all.
-        anything = {**self.options, "criterion": Random()}
-        ModularityPruner(model, self.example, self.loader, **anything, **self.budget).plan()  # type: ignore[arg-type]
+        if left := self._left(1.0) if state else self.budget:
+            anything = {**self.options, "criterion": Random()}
+            ModularityPruner(model, self.example, self.loader, **anything, **left).plan()  # type: ignore[arg-type]
 
     def __call__(self, count: int, *optimizers: Optimizer) -> PruningPlan | None:
         """Remove the blocks of the next stage if it is due after `count` epochs or steps.
@@ -135,7 +151,8 @@ class GradualPruning:
         plan = pruner.plan()
         with carry_over(self.model, *optimizers):
             pruner.step()
-        self._note(plan)
+        self.plans.append(plan)
+        self.now = self._sizes()
         self._advance()
         return plan
 
@@ -150,15 +167,8 @@ class GradualPruning:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs; of JSON's types alone."""
-        return {"stage": self.stage, "plans": [plan.to_json() for plan in self.plans]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Remove from the model, whole as this was made with it, what had been removed, and go on after that stage."""
-        for plan in map(PruningPlan.from_json, state["plans"]):
-            plan.apply(self.model, self.example)
-            self._note(plan)
-        self.stage = state["stage"]
+        """How far it has come, for `state`; of JSON's types alone."""
+        return {"stage": self.stage, "plans": [plan.to_json() for plan in self.plans], "whole": dict(self.whole)}
 
     def _pass_over(self) -> None:
         """Stages that are met by what has gone before."""
@@ -167,10 +177,6 @@ class GradualPruning:
 
     def _is_due(self, count: int) -> bool:
         return self.at(count, self.model) if callable(self.at) else count >= self.at[self.stage]
-
-    def _note(self, plan: PruningPlan) -> None:
-        self.plans.append(plan)
-        self.now = self._sizes()
 
     def _advance(self) -> None:
         """To the next stage. All, each the best at its time, may come to too little where `blocks` bounds them."""

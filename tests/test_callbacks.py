@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import modprune
@@ -19,6 +20,8 @@ from modprune.models import resnet20
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers
 DATA = digits(True).subset(torch.arange(256))
+ROWS = [{"pixel_values": x / 255, "labels": y} for x, y in zip(DATA.images, DATA.labels, strict=True)]
+BATCHES = DataLoader(TensorDataset(DATA.images / 255, DATA.labels), 64)
 
 
 class Classifier(pl.LightningModule):
@@ -40,13 +43,14 @@ class Classifier(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)]
 
 
-def train(callback: pl.Callback, epochs: int = 4, **options: int) -> tuple[Classifier, pl.Trainer]:
+def train(callback, epochs=4, checkpoint=None, ckpt_path=None, **options):
     module = Classifier()
     trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[callback], **options,
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=checkpoint is not None,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[callback, *([checkpoint] if checkpoint else [])], **options,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(TensorDataset(DATA.images / 255, DATA.labels), 64))
+    trainer.fit(module, BATCHES, ckpt_path=ckpt_path)
     return module, trainer
 
 
@@ -63,6 +67,23 @@ def test_lightning_prunes_at_its_epochs_and_goes_on_learning(tmp_path):
     images = DATA.images[:8] / 255
     loaded = modprune.load(tmp_path / "m.safetensors", resnet20())
     assert torch.equal(loaded.eval()(images), module.network.eval()(images))
+
+
+def test_lightning_goes_on_from_a_checkpoint_of_its_own(tmp_path):
+    options = {"network": "network", "at": (1, 3), "blocks": 4, "shares": (0.5, 1), "criterion": "l1_norm"}
+    saved = lambda: ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)  # noqa: E731
+    through, trainer = train(LightningCallback(**options), checkpoint=saved())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"epoch={i}.ckpt" for i in range(4)]
+    for epoch in range(3):
+        module, _ = train(LightningCallback(**options), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert module.losses == through.losses[4 * (epoch + 1) :]
+        assert module.network.state_dict().keys() == through.network.state_dict().keys()
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), through.parameters(), strict=True))
+        assert "on_load_checkpoint" not in vars(module)
+    trainer.fit_loop.max_epochs = 5
+    trainer.fit(through, BATCHES)  # on in the same process: what has been met is not asked for again
+    assert len(through.losses) == 20
+    assert through.sizes[-1] == through.sizes[12]
 
 
 def test_lightning_prunes_at_a_step_by_modularity():
@@ -95,24 +116,57 @@ def test_transformers_counts_whole_epochs():
     assert asked == [1, 1, 2]
 
 
-def test_transformers_prunes_and_goes_on_learning(tmp_path):
-    torch.manual_seed(0)
+def vit():
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=2,
         num_labels=10,
     )  # fmt: skip
-    model = transformers.ViTForImageClassification(config)
-    rows = [{"pixel_values": x / 255, "labels": y} for x, y in zip(DATA.images, DATA.labels, strict=True)]
-    callback = TransformersCallback(at=(1,), blocks=2, criterion=modprune.criteria.Modularity(samples=100, repeats=2))
+    return transformers.ViTForImageClassification(config)
+
+
+def convnext():
+    """Whose names in checkpoints are those in the module: resuming a ViT, transformers 5 finds none of its layers."""
+    sizes = {"patch_size": 2, "num_stages": 2, "hidden_sizes": [16, 32], "depths": [3, 3]}
+    config = transformers.ConvNextConfig(**sizes, num_labels=10)
+    return transformers.ConvNextForImageClassification(config)
+
+
+def trainer_of(make, folder, callback):
+    torch.manual_seed(0)
     arguments = transformers.TrainingArguments(
-        output_dir=tmp_path, num_train_epochs=3, per_device_train_batch_size=32, learning_rate=2e-3, report_to=[],
-        save_strategy="no", logging_steps=8, disable_tqdm=True, use_cpu=True,
+        output_dir=folder, num_train_epochs=3, per_device_train_batch_size=32, learning_rate=2e-3, report_to=[],
+        save_strategy="epoch", logging_steps=8, disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+    return transformers.Trainer(make(), arguments, train_dataset=ROWS, callbacks=[callback])
+
+
+def test_transformers_goes_on_from_a_checkpoint_of_its_own(tmp_path):
+    options = {"at": (1, 2), "blocks": 2, "shares": (0.5, 1), "criterion": "l1_norm"}
+    through = trainer_of(convnext, tmp_path, TransformersCallback(**options))
+    through.train()
+    for step in (8, 16, 24):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        callback = TransformersCallback(**options)
+        trainer = trainer_of(convnext, tmp_path / "again", callback)
+        callback.resume(trainer.model, checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        state = trainer.model.state_dict()
+        assert state.keys() == through.model.state_dict().keys()
+        assert all(torch.equal(state[name], value) for name, value in through.model.state_dict().items())
+    assert [len(plan.remove) for plan in callback.pruning.plans] == [1, 1]
+    (checkpoint / "modprune.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-24/modprune.json: not there: the training was without"):
+        callback.resume(trainer.model, checkpoint)
+
+
+def test_transformers_prunes_and_goes_on_learning(tmp_path):
+    callback = TransformersCallback(at=(1,), blocks=2, criterion=modprune.criteria.Modularity(samples=100, repeats=2))
+    trainer = trainer_of(vit, tmp_path, callback)
+    model = trainer.model
     trainer.train()
     assert callback.pruning is not None
     assert len(callback.pruning.plans[0].remove) == 2
-    assert len(modprune.find_blocks(model, {"pixel_values": rows[0]["pixel_values"][None]})) == 2
+    assert len(modprune.find_blocks(model, {"pixel_values": ROWS[0]["pixel_values"][None]})) == 2
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0]
     stepped = trainer.optimizer.state

@@ -111,12 +111,14 @@ def test_it_goes_on_in_another_process():
     other = copy.deepcopy(model)
     prune(1)
     state, weights = json.loads(json.dumps(prune.state_dict())), copy.deepcopy(model.state_dict())
-    expected = prune(2)
-    again = GradualPruning(other, loader(), **options)
-    again.load_state_dict(state)
-    other.load_state_dict(weights)
-    assert again(1) is None
-    assert again(2) == expected
+    for start in (other, copy.deepcopy(model)):  # whole, and already without what had gone
+        again = GradualPruning(start, loader(), **options, state=state)
+        start.load_state_dict(weights)
+        assert again.state_dict() == prune.state_dict() == state
+        assert again(1) is None
+    assert again(2) == prune(2)
+    done = GradualPruning(copy.deepcopy(start), loader(), **options, state=again.state_dict())
+    assert done(3) is None
 
 
 def test_the_rng_is_left_alone():

@@ -7,16 +7,15 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from modprune.gradual import GradualPruning
+from modprune.gradual import GradualPruning, cut_again
 
 
 class PruningCallback(Callback):
     """Removes blocks while Lightning trains; momentum and schedules go on with what stays.
 
-    Save what came of it by `modprune.save(module.network, path)`: Lightning's own checkpoints hold the weights that are
-    left, and go into a module that was pruned alike. A training resumed from one takes its budget anew, of what is
-    left: ask for what is still to go. Averages of the weights (EMA, SWA) hold on to removed parameters: start them
-    after the last stage.
+    Save what came of it by `modprune.save(module.network, path)`. Lightning's own checkpoints hold the weights that are
+    left, and what has gone: `ckpt_path=` takes up a module that is whole, with this callback, pruned as it was then.
+    Averages of the weights (EMA, SWA) hold on to removed parameters: start them after the last stage.
 
     Args:
         loader: calibration batches; those of the training if None.
@@ -39,7 +38,40 @@ class PruningCallback(Callback):
             raise ValueError(f"every={every!r}: 'epoch' or 'step' is needed")
         self.loader, self.network, self.every, self.options = loader, network, every, options
         self.pruning: GradualPruning | None = None
+        self.found: dict[str, Any] | None = None
         self.step = 0
+
+    @property
+    def state_key(self) -> str:
+        """Lightning's name for the state in checkpoints: another for each network."""
+        return self._generate_state_key(network=self.network)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's hook: for the checkpoint."""
+        return self.pruning.state_dict() if self.pruning is not None else {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning's hook: see to it that blocks go before the weights of a checkpoint come back.
+
+        Callbacks get their state after the weights, so that of the module is the only hook that is early enough.
+        """
+        given = pl_module.on_load_checkpoint
+
+        def cut_first(checkpoint: dict[str, Any]) -> None:
+            self.found = checkpoint.get("callbacks", {}).get(self.state_key)
+            if self.found:
+                cut_again(pl_module.get_submodule(self.network), self.found)
+            given(checkpoint)
+
+        pl_module.on_load_checkpoint = cut_first  # type: ignore[method-assign]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning's hook: the module has its own hook again."""
+        vars(pl_module).pop("on_load_checkpoint", None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning's hook: likewise, of a training cut short."""
+        vars(pl_module).pop("on_load_checkpoint", None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook: look at the network."""
@@ -47,9 +79,11 @@ class PruningCallback(Callback):
             raise RuntimeError(
                 f"{trainer.world_size} processes: Lightning has wrapped the module already; prune it before trainer.fit"
             )
-        loader: Any = trainer.train_dataloader if self.loader is None else self.loader
-        self.pruning = GradualPruning(pl_module.get_submodule(self.network), loader, **self.options)
-        self.step = trainer.global_step
+        network, self.step = pl_module.get_submodule(self.network), trainer.global_step
+        if self.found or self.pruning is None or self.pruning.model is not network:
+            loader: Any = trainer.train_dataloader if self.loader is None else self.loader
+            self.pruning = GradualPruning(network, loader, **self.options, state=self.found)
+        self.found = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Lightning's hook: prune if it is due by the step."""

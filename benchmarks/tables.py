@@ -37,9 +37,9 @@ OURS = {
     "resnet56-cifar10-restored": "blocks and a little width",
     "resnet56-cifar10": "blocks",
     "resnet56-cifar10-from-restored": "blocks and a little width",
-    "resnet56-cifar10-quarter-longer": "blocks and width",
+    "resnet56-cifar10-quarter-again": "blocks and width",
 }
-TRIED = ("resnet56-cifar10-narrow", "resnet56-cifar10-strict")
+TRIED = ("resnet56-cifar10-narrow", "resnet56-cifar10-strict", "resnet56-cifar10-quarter-longer")
 PRUNED = ("unpruned", "depth", "width", "eights")
 SHOWN_LEFT = 0.60  # the budget at which the blocks left are shown
 STEPS = ("forward", "round_trip", "width", "pruner", "gradients", "depgraph", "compile", "export", "onnx")

@@ -63,9 +63,11 @@ def measure(name: str, weights: Path, compiled: bool) -> dict[str, Any]:
     narrow = {key: narrowed(whole, example, count_macs(ours, example), multiple) for key, multiple in WIDTHS.items()}
     models = {"unpruned": whole, "depth": ours, **narrow}
     macs = {key: count_macs(model, example) for key, model in models.items()}
-    ready = {key: torch.compile(model) for key, model in models.items()} if compiled else models
     row: dict[str, Any] = {"macs": macs, "batches": {}}
     for batch in batches:
+        # Anew for each batch: past a few sizes of one `forward`, compiled code takes any size, or runs eagerly.
+        torch.compiler.reset()
+        ready = {key: torch.compile(model) for key, model in models.items()} if compiled else models
         seconds = latency(ready, example, batch=batch, seconds=SECONDS)
         row["batches"][str(batch)] = {
             "seconds": seconds,

@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,20 @@ app = typer.Typer(
     help="Remove whole redundant residual blocks from trained networks, chosen by graph modularity.",
 )
 app.add_typer(_studies_cli.app, name="study")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"modprune {version('modprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and exit.")]
+    = False,
+) -> None:  # fmt: skip
+    pass
 
 
 def _png(value: Path | None) -> Path | None:

@@ -19,15 +19,15 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         if path.exists() and not path.is_file():  # a device or a pipe, as /dev/stdout: nothing takes its place
             path.write_bytes(data)
             return
-        path = Path(os.path.realpath(path))  # a link goes on to lead there
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        target = Path(os.path.realpath(path))  # a link goes on to lead there
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:50]}.")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
+        os.replace(partial, target)
     except BaseException as error:  # Ctrl-C too leaves nothing behind
         if partial:
             Path(partial).unlink(missing_ok=True)
@@ -37,11 +37,22 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def check_path(path: str | Path) -> None:
-    """Raises OSError, in one line, if no file can be written there; nothing is made."""
-    path = Path(path)
-    found = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if found.is_dir() == (found == path) or not os.access(found, os.W_OK):
-        raise OSError(f"{path}: cannot be written ({found} is in the way); give a file in a folder that can")
+    """Raises OSError, in one line, if `write_bytes` could not write there; nothing is made."""
+    target = Path(os.path.realpath(path))
+    try:
+        found = next(place for place in (target, *target.parents) if place.exists())
+        if found == target and found.is_dir():
+            problem = "it is a folder"
+        elif found == target and not found.is_file():  # a device or a pipe
+            problem = "" if os.access(found, os.W_OK) else "Permission denied"
+        else:
+            folder = found.parent if found == target else found
+            problem = f"{folder} is no folder" if not folder.is_dir() else ""
+            problem = problem or ("" if os.access(folder, os.W_OK | os.X_OK) else f"{folder}: Permission denied")
+    except OSError as error:  # a folder that may not be looked into, a name that is too long
+        problem = str(error.strerror)
+    if problem:
+        raise OSError(f"{path}: cannot be written ({problem}); give a file in a folder that can")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modprune._random import undisturbed
+
 ONCE = "; one that can be read only once, as a generator, may have been read before: give a list or a DataLoader"
 
 
@@ -229,12 +231,11 @@ def plain_attention() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode inside the block; every module's own mode and torch's RNG are put back after it.
+    """The model in eval mode inside the block; every module's own mode and the random numbers are put back after it.
 
     Attention goes without torch's fast path, which hands nested tensors from layer to layer: hooks cannot read them.
     """
-    device = device_of(model)
-    with modes_kept(model), plain_attention(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with modes_kept(model), plain_attention(), undisturbed(None):
         if any(module.training for module in model.modules()):
             model.eval()
         yield model

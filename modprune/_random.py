@@ -52,8 +52,9 @@ def random_state(loader: object) -> dict[str, Any]:
 
 def is_untouched(state: dict[str, Any]) -> bool:
     """Whether no generator has been drawn from since `state = random_state(None)`."""
-    pairs = zip(tree_leaves(state), tree_leaves(random_state(None)), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+    before, now = tree_leaves(state), tree_leaves(random_state(None))
+    same = (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(before, now, strict=False))
+    return len(before) == len(now) and all(same)
 
 
 def own_state(loader: object) -> list[torch.Tensor]:

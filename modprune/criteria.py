@@ -312,7 +312,7 @@ def fitted(criterion: str | Criterion, samples: int) -> Criterion:
     if not isinstance(criterion, str):
         return made
     if isinstance(made, Consensus):
-        return replace(made, criteria=[fitted(name, samples) for name in made.criteria])
+        return replace(made, criteria=tuple(fitted(name, samples) for name in made.criteria))
     return replace(made, samples=min(made.samples, samples)) if hasattr(made, "samples") else made
 
 

@@ -197,8 +197,8 @@ class ImageLoader:
 
 
 def calibration(data: ImageData, seed: int = 0, device: torch.device | str = "cpu") -> ImageLoader:
-    """Batches to measure on: shuffled, of 100 images, or of all if there are fewer."""
-    return ImageLoader(data, max(1, min(100, len(data))), shuffle=True, seed=seed, device=device)
+    """Batches to measure on: shuffled, of 100 images, or of all that a process has if there are fewer."""
+    return ImageLoader(data, max(1, min(100, len(data) // place()[1])), shuffle=True, seed=seed, device=device)
 
 
 def _crop(padded: Tensor, index: Tensor, crops: Tensor, data: ImageData) -> Tensor:

@@ -54,14 +54,24 @@ class Settled:
         return float(np.abs(self.last.mean - before.mean).max()) <= self.tolerance
 
 
-def cut_again(model: nn.Module, state: Mapping[str, Any]) -> list[PruningPlan]:
-    """The plans of stages so far, by `GradualPruning.state_dict`; the model loses the blocks that it still has."""
-    plans = [PruningPlan.from_json(text) for text in state["plans"]]
-    gone = set(removed_blocks(model).remove)
-    for plan in plans:
-        if not gone.issuperset(plan.remove):
-            plan.apply(model)
-    return plans
+def cut_again(model: nn.Module, state: Any) -> None:
+    """Remove from a model what was gone by a state of `GradualPruning.state_dict`, and it still has.
+
+    Raises:
+        ValueError: for what is no such state, a model that it does not fit, and one that has lost more since; the model
+            is as it was.
+    """
+    try:
+        then = PruningPlan.from_json(state["gone"])
+    except (KeyError, TypeError):
+        raise ValueError(f"state={state!r:.60}: what GradualPruning.state_dict gave is needed") from None
+    now = removed_blocks(model).remove
+    if since := sorted(set(now) - set(then.remove)):
+        raise ValueError(f"the model has lost {', '.join(since)} since that state: give it as it was first, whole")
+    left = [block for block in zip(then.remove, then.kinds, then.outputs, strict=True) if block[0] not in now]
+    if left:
+        names, kinds, outputs = zip(*left, strict=True)
+        PruningPlan(names, kinds, outputs).apply(model)
 
 
 class GradualPruning:
@@ -84,8 +94,9 @@ class GradualPruning:
             if they are still there.
 
     Raises:
-        ValueError: for counts that do not rise, shares that do not rise to 1, or not one for each count; else as
-            `ModularityPruner`, also for a budget that no set of blocks can meet.
+        ValueError: for counts that do not rise, shares that do not rise to 1, or not one for each count; a state that
+            is none, of another budget, or of a model that has lost more since; else as `ModularityPruner`, also for a
+            budget that no set of blocks can meet. The model is as it was.
 
     >>> import torch
     >>> from modprune.models import resnet20
@@ -124,14 +135,14 @@ class GradualPruning:
             self.example = first_sample(loader) if example_inputs is None else example_inputs
         self.budget = {"flops": flops, "params": params, "blocks": blocks}
         self.options = {"criterion": resolve(criterion), "ignored_layers": ignored_layers}
-        self.plans = cut_again(model, state) if state else []
-        self.now = self._sizes()
-        self.whole: dict[str, int] = state["whole"] if state else self.now
-        self.stage: int = min(state["stage"], len(self.shares)) if state else 0
-        # Better told now than at the first stage: whether the budget can be met at all.
-        if left := self._left(1.0) if state else self.budget:
+        self.plans: list[PruningPlan] = []
+        self.whole = self.now = self._sizes()
+        self.stage = 0
+        if state is None:  # better told now than at the first stage: whether the budget can be met at all
             anything = {**self.options, "criterion": Random()}
-            ModularityPruner(model, self.example, self.loader, **anything, **left).plan()  # type: ignore[arg-type]
+            ModularityPruner(model, self.example, self.loader, **anything, **self.budget).plan()  # type: ignore[arg-type]
+        else:
+            self._go_on(state)
 
     def __call__(self, count: int, *optimizers: Optimizer) -> PruningPlan | None:
         """Remove the blocks of the next stage if it is due after `count` epochs or steps.
@@ -163,12 +174,33 @@ class GradualPruning:
             warnings.warn(
                 f"{self.stage} of {len(self.shares)} stages of pruning came due before the training ended "
                 f"(at={self.at}), {sum(len(plan.remove) for plan in self.plans)} blocks went",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def state_dict(self) -> dict[str, Any]:
         """How far it has come, for `state`; of JSON's types alone."""
-        return {"stage": self.stage, "plans": [plan.to_json() for plan in self.plans], "whole": dict(self.whole)}
+        return {
+            "budget": self.budget,
+            "shares": list(self.shares),
+            "stage": self.stage,
+            "plans": [plan.to_json() for plan in self.plans],
+            "whole": self.whole,
+            "gone": removed_blocks(self.model).to_json(),
+        }
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        mine = self.state_dict()
+        try:
+            other = [name for name in ("budget", "shares") if state[name] != mine[name]]
+            plans = [PruningPlan.from_json(plan) for plan in state["plans"]]
+            whole, stage = {name: int(state["whole"][name]) for name in self.whole}, int(state["stage"])
+        except (KeyError, TypeError):
+            raise ValueError(f"state={state!r:.60}: what state_dict gave is needed") from None
+        if other:
+            there, here = state[other[0]], mine[other[0]]
+            raise ValueError(f"state: of {other[0]}={there}, where this is {here}: go on as it began")
+        cut_again(self.model, state)
+        self.plans, self.whole, self.stage, self.now = plans, whole, stage, self._sizes()
 
     def _pass_over(self) -> None:
         """Stages that are met by what has gone before."""

@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,9 @@ def prune_job(
         "weights": _digest(model.state_dict()),
         "images": _digest({"images": train.images, "labels": train.labels}),
     }
-    arguments = {**made_of, "criterion": name_of(resolve(criterion)), **budgets, **rest}
+    chosen_by = resolve(criterion)
+    constants = {"criterion": repr(chosen_by) if is_dataclass(chosen_by) else name_of(chosen_by)}
+    arguments = {**made_of, **constants, **budgets, **rest}
     # Before the minutes of measuring, not after.
     check_names(log_with)
     check_writable(out)

@@ -47,10 +47,11 @@ def save(model: nn.Module, path: str | Path) -> None:
         if value.layout != torch.strided or value.dtype == torch.complex128:
             raise ValueError(f"{name}: {value.layout} of {value.dtype}, which safetensors cannot hold")
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    plan, narrowed = removed_blocks(model), narrowed_layers(model)
     structure = {
-        "plan": json.loads(removed_blocks(model).to_json()),
-        "narrowed": narrowed_layers(model),
-        "built_in": _maker_of(model),
+        "plan": json.loads(plan.to_json()),
+        "narrowed": narrowed,
+        "built_in": _maker_of(model, plan, narrowed, tensors),
     }
     header = {"format": FORMAT, **structure, "sha256": checksum(structure, tensors)}
     write_bytes(path, safetensors.torch.save(tensors, metadata={"modprune": json.dumps(header)}))
@@ -71,18 +72,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     tensors, metadata = _read_safetensors(Path(path))
     if "modprune" not in metadata:
         raise ValueError(f"{path}: not a file of modprune.save; for plain weights use modprune.load_weights")
-    header = _header(path, metadata["modprune"])
-    if header.pop("sha256") != checksum(header, tensors):
-        raise ValueError(f"{path}: its contents do not match their checksum: the file was altered; get it anew")
+    header = _header(path, metadata["modprune"], tensors)
     plan = _plan(path, header["plan"])
     narrowed = header["narrowed"]
     if not isinstance(narrowed, list) or not all(isinstance(name, str) for name in narrowed):
         raise ValueError(f"{path}: its header is damaged: get it anew")
     if model is None:
-        of_format_1 = header.get("cifar_resnet")
-        maker = header.get("built_in") or (of_format_1 and {"class": "CifarResNet", "arguments": of_format_1})
-        model = _build(path, maker, most=len(tensors) + len(plan.remove))
-        _take_shape(model, path, plan, narrowed, tensors)
+        model = _built(path, header["built_in"], plan, narrowed, tensors)
         model.to_empty(device="cpu")
         _fill(model, tensors)
         return model
@@ -103,6 +99,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         OSError: if the file is not there; ValueError: if it is truncated, would run code, is no state dict or is of
             another network or number of classes; one line, and the model stays as it was.
     """
+    check_filled(model)
     path = Path(path)
     state: Any
     metadata: Mapping[str, str] = {}
@@ -151,8 +148,11 @@ def _take_shape(
         raise ValueError(f"{path}: a file of another network: {error}") from error
     _check_fit(path, model, tensors)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in tensors:  # all but what is not to be saved
-            tensor.data = tensor.data.to(tensors[name].dtype)
+        if name not in tensors:  # not to be saved
+            continue
+        if tensor.is_floating_point() != tensors[name].is_floating_point():
+            raise ValueError(f"{path}: {name} is of {tensors[name].dtype} there and of {tensor.dtype} here")
+        tensor.data = tensor.data.to(tensors[name].dtype)
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -194,7 +194,7 @@ def _read_torch(path: Path) -> Any:
         raise ValueError(f"{path}: not a PyTorch file of weights, or a truncated one; get it anew") from None
 
 
-def _header(path: str | Path, text: str) -> dict[str, Any]:
+def _header(path: str | Path, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         header = json.loads(text)
         version = header["format"]
@@ -202,10 +202,16 @@ def _header(path: str | Path, text: str) -> dict[str, Any]:
             raise TypeError
         if version > FORMAT:
             raise ValueError(f"{path}: of format {version}; this modprune reads up to {FORMAT}: update modprune")
-        maker = "cifar_resnet" if version == 1 else "built_in"
-        return {key: header[key] for key in ("sha256", "plan", "narrowed", maker)}
+        structure = {key: header[key] for key in ("plan", "narrowed", "cifar_resnet" if version == 1 else "built_in")}
+        expected = header["sha256"]
     except (KeyError, TypeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path}: its header is damaged: get it anew") from None
+    if expected != checksum(structure, tensors):
+        raise ValueError(f"{path}: its contents do not match their checksum: the file was altered; get it anew")
+    if version == 1:  # which knew one class
+        arguments = structure.pop("cifar_resnet")
+        structure["built_in"] = arguments and {"class": "CifarResNet", "arguments": arguments}
+    return structure
 
 
 def _plan(path: str | Path, data: Any) -> PruningPlan:
@@ -253,23 +259,35 @@ def checksum(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     return digest.hexdigest()
 
 
-def _maker_of(model: nn.Module) -> dict[str, Any] | None:
-    """The class and arguments of a built-in network; None for others, also where its head is of another kind."""
-    if type(model) not in BUILT_IN.values() or not hasattr(model, "arguments"):  # a subclass may compute something else
+def _maker_of(
+    model: nn.Module, plan: PruningPlan, narrowed: Sequence[str], tensors: Mapping[str, Tensor]
+) -> dict[str, Any] | None:
+    """The class and arguments of a built-in network; None for others, and where they would not make this one again."""
+    if type(model) not in BUILT_IN.values():  # a subclass may compute something else
         return None
-    return {"class": type(model).__name__, "arguments": model.arguments}
+    try:
+        maker = {"class": type(model).__name__, "arguments": model.arguments}
+        again = _built("", maker, plan, narrowed, tensors)
+    except Exception:  # of what its owner has put into it
+        return None
+    return maker if repr(again) == repr(model) else None
 
 
-def _build(path: str | Path, maker: Any, most: int) -> nn.Module:
-    """A built-in network without values; of at most `most` blocks: a forged header costs no more than its file."""
+def _built(
+    path: str | Path, maker: Any, plan: PruningPlan, narrowed: Sequence[str], tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """A built-in network that the tensors fit, without values; a forged header costs no more than its file."""
     if maker is None:
         raise ValueError(f"{path}: not of a network that modprune has built in: give the unpruned model to load into")
     try:
-        arguments = dict(maker["arguments"])
+        made, arguments = BUILT_IN[maker["class"]], dict(maker["arguments"])
         sizes = [size for name, size in arguments.items() if name != "blocks"]
+        most = len(tensors) + len(plan.remove)
         if not all(1 <= count <= most for count in arguments.get("blocks", ())) or not all(size > 0 for size in sizes):
             raise ValueError
         with torch.device("meta"):
-            return BUILT_IN[maker["class"]](**arguments)
+            model = made(**arguments)
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
         raise ValueError(f"{path}: its header is damaged: get it anew") from None
+    _take_shape(model, path, plan, narrowed, tensors)
+    return model

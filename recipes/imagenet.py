@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import modprune
+from modprune._files import write_text
 from modprune.checkpoints import check_empty, load_newest, save_state
 from modprune.criteria import Modularity
 from modprune.finetune import autocast_dtype
@@ -39,7 +40,6 @@ TRAIN = v2.Compose([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizont
 TEST = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), *TO_TENSOR])
 MOMENTUM, WEIGHT_DECAY, SMOOTHING = 0.9, 1e-4, 0.1  # of torchvision's reference for ResNets
 DISTILL, TEMPERATURE = 0.5, 1.0
-EMA_DECAY = 0.9998
 MAY_DIFFER = ("data_dir", "workers", "epochs", "out", "resume")  # of the arguments of a run and its resumption
 BUDGET = 2**33  # bytes of features that are held at a time: with less, images are forwarded more often
 LOOK = 25  # updates between looks at the loss and at the others, which an accelerator has to wait for
@@ -116,7 +116,7 @@ def main(arguments: argparse.Namespace) -> None:
     # What plan, steps and rate follow from: a state of another run would turn them into others. More epochs may follow.
     run = {name: value for name, value in vars(arguments).items() if name not in MAY_DIFFER}
     run |= {"steps an epoch": len(train_loader), "processes": accelerator.num_processes}
-    run_file = arguments.out / "run.json"
+    run_file, plan_file = arguments.out / "run.json", arguments.out / "plan.json"
     before = json.loads(run_file.read_text()) if arguments.resume and run_file.exists() else run
     if odd := [name for name in run if before.get(name) != run[name]]:
         there, here = ({name: values.get(name) for name in odd} for values in (before, run))
@@ -124,9 +124,9 @@ def main(arguments: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()  # to have read it
     if accelerator.is_main_process:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        run_file.write_text(json.dumps(run, indent=2) + "\n")
-
-    plan_file = arguments.out / "plan.json"
+        if not arguments.resume:
+            plan_file.unlink(missing_ok=True)  # of a run that was cut short there
+        write_text(run_file, json.dumps(run, indent=2) + "\n")
     if arguments.resume and plan_file.exists():
         plan = modprune.PruningPlan.from_json(plan_file)
     else:
@@ -136,9 +136,10 @@ def main(arguments: argparse.Namespace) -> None:
             plan.to_json(plan_file)
     accelerator.print(f"removing {len(plan.remove)} blocks: {', '.join(plan.remove)}")
     bare = plan.apply(copy.deepcopy(teacher), example)
-    ema = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
 
     steps = len(train_loader) * arguments.epochs
+    decay = max(0.0, 1 - 20 * arguments.accumulate / steps)  # an average over the last twentieth
+    ema = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     lr = arguments.lr * arguments.batch_size * arguments.accumulate * accelerator.num_processes / 256
     optimizer = torch.optim.SGD(bare.parameters(), lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 0.05 * steps, steps))

@@ -37,10 +37,11 @@ def main(arguments: argparse.Namespace) -> None:
     plain = create_loader(create_dataset("", arguments.data_dir, "train"), **common).dataset  # added: not augmented
     optimizer = create_optimizer_v2(model, opt="sgd", lr=arguments.lr, weight_decay=2e-5, momentum=0.9)
     scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=arguments.epochs)
-    ema = ModelEmaV3(model, decay=0.9998)
+    decay = max(0.0, 1 - 20 / (epochs * len(train)))  # an average over the last twentieth, on any data
+    ema = ModelEmaV3(model, decay=decay)
     smoothed = LabelSmoothingCrossEntropy(0.1)
     shuffled = torch.utils.data.DataLoader(plain, arguments.batch_size, shuffle=True)  # added: all classes in it
-    criterion = modprune.criteria.Modularity(samples=arguments.samples, repeats=1)  # added
+    criterion = modprune.criteria.Modularity(samples=arguments.samples, repeats=1, budget=2**33)  # added
     prune = modprune.GradualPruning(model, shuffled, criterion, at=arguments.at, flops=arguments.flops)  # added
 
     for epoch in range(epochs):
@@ -56,7 +57,7 @@ def main(arguments: argparse.Namespace) -> None:
         scheduler.step(epoch + 1)
         plan = prune(epoch + 1, optimizer)  # added: momentum and schedule go on with what stays
         if plan is not None:  # added
-            ema = ModelEmaV3(model, decay=0.9998)  # added: the old average holds on to what went
+            ema = ModelEmaV3(model, decay=decay)  # added: the old average holds on to what went
             print("removed", ", ".join(plan.remove))  # added
         print(f"epoch {epoch + 1}: loss {losses.avg:.3f}, Top-1 {top1(ema.module, test, device):.2f} %")
     prune.warn_if_unfinished()  # added: warns if training ended before all stages came due

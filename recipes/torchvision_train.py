@@ -50,14 +50,15 @@ def main(arguments: argparse.Namespace) -> None:
 
     plain = ImageFolder(arguments.data_dir / "train", centre)  # added: calibration images without augmentation
     mine = DistributedSampler(plain) if processes > 1 else torch.utils.data.RandomSampler(plain)  # added
-    criterion = modprune.criteria.Modularity(samples=arguments.samples, repeats=1)  # added
+    criterion = modprune.criteria.Modularity(samples=arguments.samples, repeats=1, budget=2**33)  # added
     example = torch.zeros(1, 3, size, size, device=device)  # added
     calibration = DataLoader(plain, sampler=mine, **options)  # added
     pruner = modprune.ModularityPruner(model, example, calibration, criterion, flops=arguments.flops)  # added
     model = pruner.step()  # added: in every process the same blocks, or an error that names the ranks
 
     net = DistributedDataParallel(model, device_ids=[device.index] if cuda else None) if processes > 1 else model
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999), use_buffers=True)
+    decay = max(0.0, 1 - 20 / (arguments.epochs * len(train)))  # an average over the last twentieth, on any data
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), arguments.lr, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=arguments.epochs)
     loss_of = torch.nn.CrossEntropyLoss(label_smoothing=0.1)

@@ -17,6 +17,7 @@ from modprune.callbacks.lightning import PruningCallback as LightningCallback
 from modprune.callbacks.transformers import PruningCallback as TransformersCallback
 from modprune.data import digits
 from modprune.models import resnet20
+from modprune.surgery import removed_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers
 DATA = digits(True).subset(torch.arange(256))
@@ -37,6 +38,9 @@ class Classifier(pl.LightningModule):
         self.losses.append(float(loss))
         self.sizes.append(modprune.count_params(self.network))
         return loss
+
+    def validation_step(self, batch, _):
+        return F.cross_entropy(self.network(batch[0]), batch[1])
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
@@ -79,11 +83,45 @@ def test_lightning_goes_on_from_a_checkpoint_of_its_own(tmp_path):
         assert module.losses == through.losses[4 * (epoch + 1) :]
         assert module.network.state_dict().keys() == through.network.state_dict().keys()
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), through.parameters(), strict=True))
-        assert "on_load_checkpoint" not in vars(module)
     trainer.fit_loop.max_epochs = 5
     trainer.fit(through, BATCHES)  # on in the same process: what has been met is not asked for again
     assert len(through.losses) == 20
     assert through.sizes[-1] == through.sizes[12]
+
+
+def test_lightning_loses_no_stage_at_the_last_step_of_an_epoch(tmp_path):
+    options = {"network": "network", "at": (1, 3), "blocks": 4, "shares": (0.5, 1), "criterion": "l1_norm"}
+    through, _ = train(LightningCallback(**options), checkpoint=ModelCheckpoint(
+        tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1
+    ))  # fmt: skip
+    for step in (3, 4, 5, 12):
+        module, _ = train(LightningCallback(**options), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert module.sizes == through.sizes[step:]
+
+
+def test_lightning_state_is_that_of_the_module_it_came_with(tmp_path):
+    options = {"network": "network", "at": (2,), "blocks": 2, "criterion": "l1_norm"}
+    saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    module, trainer = train(LightningCallback(**options), epochs=2, checkpoint=saved)
+    with pytest.raises(ValueError, match=r"the model has lost .* since that state: give it as it was first, whole"):
+        trainer.validate(module, BATCHES, ckpt_path=tmp_path / "epoch=0.ckpt")
+    callback = LightningCallback(**options)
+    fresh = Classifier()
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[callback],
+    )  # fmt: skip
+    trainer.validate(fresh, BATCHES, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert removed_blocks(fresh.network) == removed_blocks(module.network)
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    again, _ = train(LightningCallback(**options), epochs=3, ckpt_path=tmp_path / "again.ckpt")
+    assert removed_blocks(again.network) == removed_blocks(module.network)
+    other = Classifier()
+    trainer.fit(other, BATCHES)
+    assert not removed_blocks(other.network).remove
+    assert "load_model_state_dict" not in vars(trainer.strategy)
+    callback.on_train_epoch_end(SimpleNamespace(current_epoch=1, optimizers=trainer.optimizers), other)
+    assert len(removed_blocks(other.network).remove) == 2
 
 
 def test_lightning_prunes_at_a_step_by_modularity():
@@ -131,11 +169,11 @@ def convnext():
     return transformers.ConvNextForImageClassification(config)
 
 
-def trainer_of(make, folder, callback):
+def trainer_of(make, folder, callback, **options):
     torch.manual_seed(0)
     arguments = transformers.TrainingArguments(
         output_dir=folder, num_train_epochs=3, per_device_train_batch_size=32, learning_rate=2e-3, report_to=[],
-        save_strategy="epoch", logging_steps=8, disable_tqdm=True, use_cpu=True,
+        logging_steps=8, disable_tqdm=True, use_cpu=True, **({"save_strategy": "epoch"} | options),
     )  # fmt: skip
     return transformers.Trainer(make(), arguments, train_dataset=ROWS, callbacks=[callback])
 
@@ -157,6 +195,32 @@ def test_transformers_goes_on_from_a_checkpoint_of_its_own(tmp_path):
     (checkpoint / "modprune.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"checkpoint-24/modprune.json: not there: the training was without"):
         callback.resume(trainer.model, checkpoint)
+
+
+def test_transformers_loses_no_stage_at_the_last_step_of_an_epoch(tmp_path):
+    options = {"at": (1, 2), "blocks": 2, "shares": (0.5, 1), "criterion": "l1_norm"}
+    trainer_of(convnext, tmp_path, TransformersCallback(**options), save_strategy="steps", save_steps=4).train()
+    for step, gone in ((4, 0), (8, 1), (12, 1), (16, 2)):  # of 8 an epoch
+        callback = TransformersCallback(**options)
+        trainer = trainer_of(convnext, tmp_path / "again", callback)
+        callback.resume(trainer.model, tmp_path / f"checkpoint-{step}")
+        begun = []
+        callback.on_step_begin = lambda *_, model, **__: begun.append(len(removed_blocks(model).remove))  # noqa: B023
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert begun[0] == gone
+        assert begun[-1] == 2
+
+
+def test_transformers_that_saves_under_other_names_is_told(tmp_path):
+    callback = TransformersCallback(at=(1,), blocks=1, criterion="l1_norm")
+    trainer_of(vit, tmp_path, callback).train()
+    whole = vit()
+    with pytest.raises(ValueError, match=r"checkpoint-8: its vit.encoder.* is unknown to the ViTForImage"):
+        callback.resume(whole, tmp_path / "checkpoint-8")
+    assert not removed_blocks(whole).remove
+    (tmp_path / "checkpoint-8" / "modprune.json").write_text("{")
+    with pytest.raises(ValueError, match=r"checkpoint-8/modprune.json: not JSON: take an earlier checkpoint"):
+        callback.resume(whole, tmp_path / "checkpoint-8")
 
 
 def test_transformers_prunes_and_goes_on_learning(tmp_path):

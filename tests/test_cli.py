@@ -156,13 +156,14 @@ def test_a_missing_data_folder_and_an_unwritable_one(weights, tmp_path):
 
 
 def test_where_results_go_is_looked_at_before_the_work(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("modprune.modularity_curve", lambda *_, **__: pytest.fail("measured before it looked"))
+    for name in ("modprune.modularity_curve", "modprune.studies.curves"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("measured before it looked"))
     (tmp_path / "file").write_text("")
     curve = ["curve", "--model", "resnet20", "--weights", weights, "--data", "digits"]
     for option in ("--json", "--picture"):
         done = in_process(*curve, option, tmp_path / "file" / "q.png")
         assert done.exit_code == 1
-        assert f"file/q.png: cannot be written ({tmp_path}/file is in the way)" in str(done.exception)
+        assert f"file/q.png: cannot be written ({tmp_path}/file is no folder)" in str(done.exception)
     assert "cannot be written" in str(in_process(*curve, "--json", tmp_path).exception)
     done = in_process(*curve, "--picture", tmp_path / "q.jpg")
     assert done.exit_code == 2

@@ -306,6 +306,12 @@ def test_norms_of_weights_and_scales_are_means_by_hand():
         BnScale()(turn, find_blocks(turn, torch.ones(1, 2)))
 
 
+def test_fitted_stays_a_value():
+    made = fitted("consensus", 60)
+    assert made == fitted("consensus", 60)
+    assert hash(made) == hash(fitted("consensus", 60))
+
+
 def test_random_is_the_same_for_a_seed():
     model = resnet20()
     blocks = find_blocks(model, X)
@@ -329,7 +335,7 @@ def test_a_name_measures_what_there_is_and_an_instance_what_it_says():
     assert fitted(Modularity(samples=900), 300) == Modularity(samples=900)
     joined = fitted("consensus", 300)
     assert isinstance(joined, Consensus)
-    assert joined.criteria == [fitted(name, 300) for name in Consensus().criteria]
+    assert joined.criteria == tuple(fitted(name, 300) for name in Consensus().criteria)
     assert fitted("l1_norm", 300) == L1Norm()
 
 

@@ -9,7 +9,7 @@ import torchvision.transforms.functional as TF
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from modprune.data import ImageData, ImageLoader, cifar10, cifar100, digits
+from modprune.data import ImageData, ImageLoader, calibration, cifar10, cifar100, digits
 
 
 def images(count: int = 20, size: int = 8) -> ImageData:
@@ -112,6 +112,14 @@ def test_digits_are_split_once():
     scaled = train.images[:, 0].float() / 255
     assert scaled.mean().item() == pytest.approx(train.mean[0], abs=0.01)
     assert scaled.std().item() == pytest.approx(train.std[0], abs=0.01)
+
+
+def test_calibration_of_few_images_has_a_batch_for_each_process(monkeypatch):
+    for processes in (1, 2, 3):
+        monkeypatch.setattr("modprune.data.place", lambda processes=processes: (0, processes))
+        loader = calibration(digits(True).subset(torch.arange(150)))
+        assert 100 <= loader.samples <= 150
+        assert len(list(loader)) == len(loader) > 0
 
 
 def test_an_epoch_ends_with_its_last_batch_for_those_who_count_them():

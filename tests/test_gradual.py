@@ -16,6 +16,7 @@ from modprune import GradualPruning, Settled, count_macs, count_params, cubic, m
 from modprune.criteria import BlockScores, Modularity
 from modprune.data import ImageLoader, digits
 from modprune.models import resnet20, resnet32
+from modprune.surgery import removed_blocks
 
 X = torch.zeros(1, 3, 8, 8)
 
@@ -119,6 +120,29 @@ def test_it_goes_on_in_another_process():
     assert again(2) == prune(2)
     done = GradualPruning(copy.deepcopy(start), loader(), **options, state=again.state_dict())
     assert done(3) is None
+
+
+def test_what_cannot_go_on_leaves_the_model_as_it_was():
+    options = {"criterion": "l1_norm", "at": (1, 2), "blocks": 4, "shares": (0.5, 1)}
+    model = resnet20()
+    prune = GradualPruning(model, loader(), **options)
+    prune(1)
+    state, further = prune.state_dict(), copy.deepcopy(model)
+    GradualPruning(further, loader(), **options, state=state)(2)
+    assert len(removed_blocks(further).remove) == 4
+    other = json.loads(state["gone"]) | {"remove": ["layer9.1", "layer1.1"]}
+    for start, change, given, message in (
+        (further, {}, {}, "the model has lost .* since that state: give it as it was first, whole"),
+        (resnet20(), {}, {"blocks": 6}, "of budget={'flops': None, 'params': None, 'blocks': 4}, where this is {"),
+        (resnet20(), {}, {"shares": (0.8, 1)}, r"of shares=\[0.5, 1\], where this is \[0.8, 1\]: go on as it began"),
+        (resnet20(), {"gone": json.dumps(other)}, {}, "'layer9.1': CifarResNet has no such block"),
+        (resnet20(), {"plans": 3}, {}, "state={.*: what state_dict gave is needed"),
+        (resnet20(), {"gone": 3}, {}, "state={.*: what GradualPruning.state_dict gave is needed"),
+    ):
+        before = removed_blocks(start)
+        with pytest.raises(ValueError, match=message):
+            GradualPruning(start, loader(), **(options | given), state=state | change)
+        assert removed_blocks(start) == before
 
 
 def test_the_rng_is_left_alone():

@@ -9,6 +9,7 @@ import torch
 
 from modprune import count_params, load
 from modprune import job as jobs
+from modprune.criteria import Random
 from modprune.data import digits
 from modprune.job import prune_job
 from modprune.models import resnet20
@@ -38,6 +39,8 @@ def test_a_run_into_the_folder_of_another_never_ends_with_its_results(tmp_path, 
     for other in ({"recipe": Recipe(epochs=3, lr=0.05)}, {"seed": 1}):  # of a finished run, not even more epochs
         with pytest.raises(ValueError, match="resume it as it was, or give another folder"):
             prune_job(model, train, test, tmp_path, blocks=2, **(rest | other), resume=True)
+    with pytest.raises(ValueError, match=r"the run there has \{'criterion': 'L1Norm\(\)'\}, this one"):
+        prune_job(model, train, test, tmp_path, blocks=2, **(rest | {"criterion": Random(seed=1)}), resume=True)
     with pytest.raises(ValueError, match=r"the run there has \{'weights': "):
         prune_job(resnet20(), train, test, tmp_path, blocks=2, **rest, resume=True)
     with pytest.raises(ValueError, match=r"the run there has \{'images': "):

@@ -155,6 +155,25 @@ def test_imagenet_tells_what_is_wrong_before_it_measures(wrong, message, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch's loader, about pinned memory
+def test_imagenet_begins_without_the_plan_of_a_run_cut_short(tmp_path, monkeypatch):
+    image_folder(tmp_path / "data")
+    torch.save(build_model("torchvision:resnet18").state_dict(), tmp_path / "w.pt")
+    (tmp_path / "out").mkdir()
+    modprune.PruningPlan(("layer1.0",)).to_json(tmp_path / "out" / "plan.json")
+    imagenet = recipe("imagenet")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(modprune, "ModularityPruner", killed)
+    options = ["--model", "torchvision:resnet18", "--weights", tmp_path / "w.pt", "--data-dir", tmp_path / "data"]
+    with pytest.raises(KeyboardInterrupt):
+        imagenet.main(imagenet.parse([*map(str, options), "--batch-size", "4", "--out", str(tmp_path / "out")]))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
+    AcceleratorState._reset_state(True)
+
+
 @pytest.mark.filterwarnings("ignore")  # timm leaves files to the garbage collector
 def test_timm(tmp_path, capsys):
     image_folder(tmp_path / "data")

@@ -12,8 +12,9 @@ import torch
 import torchvision
 
 from modprune.blocks import find_blocks
-from modprune.models import MODELS, CifarResNet, resnet18, resnet20, resnet56
+from modprune.models import MODELS, CifarResNet, resnet18, resnet20, resnet56, vgg11_bn
 from modprune.plan import PruningPlan
+from modprune.pruner import ModularityPruner
 from modprune.store import checksum, load, load_weights, save
 from modprune.surgery import removed_blocks
 
@@ -56,10 +57,53 @@ def test_a_head_of_ones_own_comes_back_or_asks_for_the_network(tmp_path):
     model.linear = torch.nn.Linear(64, 3)
     save(model, tmp_path / "a.safetensors")
     assert torch.equal(load(tmp_path / "a.safetensors").eval()(X), model(X))
-    model.linear = torch.nn.Sequential(torch.nn.Linear(64, 3))
+
+
+def gelu(model):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.ReLU):
+            model.set_submodule(name, torch.nn.GELU())
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (resnet18, lambda model: setattr(model, "linear", torch.nn.Sequential(torch.nn.Linear(64, 3)))),
+        (resnet18, lambda model: setattr(model, "conv1", torch.nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False))),
+        (resnet18, lambda model: setattr(model, "layer4", torch.nn.Conv2d(32, 64, 1))),
+        (vgg11_bn, lambda model: setattr(model, "classifier", torch.nn.Linear(64, 3))),
+        (vgg11_bn, gelu),
+    ],
+)
+def test_a_built_in_network_that_was_changed_asks_for_itself(make, change, tmp_path):
+    model, whole = make(width=0.125).eval(), make(width=0.125).eval()
+    torch.manual_seed(1)
+    change(model)
+    change(whole)
     save(model, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="give the unpruned model to load into"):
         load(tmp_path / "a.safetensors")
+    assert torch.equal(load(tmp_path / "a.safetensors", whole)(X), model(X))
+
+
+@pytest.mark.parametrize(("make", "ignored"), [(vgg11_bn, ["features.0"]), (resnet18, ["layer1.0.conv1"])])
+def test_a_built_in_network_of_fewer_channels_comes_back_by_itself(make, ignored, tmp_path):
+    model = make(width=0.25).eval()
+    ModularityPruner(model, X, (), "l1_norm", blocks=1, width=0.3, ignored_layers=ignored).step()
+    save(model, tmp_path / "a.safetensors")
+    assert torch.equal(load(tmp_path / "a.safetensors").eval()(X), model(X))
+
+
+def test_numbers_of_another_kind_are_of_another_network(saved):
+    _, path = saved
+    tensors = safetensors.torch.load(path.read_bytes())
+    with safetensors.safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["modprune"])
+    tensors["linear.bias"] = tensors["linear.bias"].long()
+    header["sha256"] = checksum({key: header[key] for key in ("plan", "narrowed", "built_in")}, tensors)
+    path.write_bytes(safetensors.torch.save(tensors, {"modprune": json.dumps(header)}))
+    with pytest.raises(ValueError, match=r"linear\.bias is of torch\.int64 there and of torch\.float32 here"):
+        load(path)
 
 
 def test_a_network_without_values_is_not_filled(saved):
@@ -136,6 +180,8 @@ def test_a_built_in_network_keeps_its_precision(tmp_path):
         {"built_in": {"class": "CifarVGG", "arguments": {"depth": 12}}},
         {"built_in": {"class": "Module", "arguments": {}}},
         {"built_in": 3},
+        {"built_in": 0},
+        {"built_in": {}},
         {"narrowed": [1]},
     ],
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -129,6 +131,14 @@ def test_a_failed_proof_puts_the_blocks_back_and_names_the_one_at_fault(peek, pr
         remove_blocks(model, ["net.layer1.0", "net.layer2.1", "net.layer3.1"], example_inputs=X)
     assert list(model.modules()) == modules
     assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("roll", [random.random, np.random.random, lambda: torch.rand(()).item()])
+def test_a_network_that_rolls_dice_is_not_blamed_for_it_and_they_are_put_back(roll):
+    model = Peeking(lambda net, y: y + roll()).eval()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    remove_blocks(model, ["net.layer2.1"], example_inputs=X)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 
 def test_a_network_that_steers_by_attributes_of_its_layers():

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from modprune.gradual import GradualPruning, cut_again
 
@@ -38,7 +39,7 @@ class PruningCallback(Callback):
             raise ValueError(f"every={every!r}: 'epoch' or 'step' is needed")
         self.loader, self.network, self.every, self.options = loader, network, every, options
         self.pruning: GradualPruning | None = None
-        self.found: dict[str, Any] | None = None
+        self.found: tuple[nn.Module, dict[str, Any]] | None = None
         self.step = 0
 
     @property
@@ -48,30 +49,33 @@ class PruningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's hook: for the checkpoint."""
-        return self.pruning.state_dict() if self.pruning is not None else {}
+        if self.pruning is not None:
+            return self.pruning.state_dict()
+        return self.found[1] if self.found else {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lightning's hook: see to it that blocks go before the weights of a checkpoint come back.
 
-        Callbacks get their state after the weights, so that of the module is the only hook that is early enough.
+        Callbacks get their state after the weights: only around the loading itself is it early enough.
         """
-        given = pl_module.on_load_checkpoint
+        load = trainer.strategy.load_model_state_dict
 
-        def cut_first(checkpoint: dict[str, Any]) -> None:
-            self.found = checkpoint.get("callbacks", {}).get(self.state_key)
-            if self.found:
-                cut_again(pl_module.get_submodule(self.network), self.found)
-            given(checkpoint)
+        def cut_first(checkpoint: dict[str, Any], *options: Any, **others: Any) -> None:
+            if state := checkpoint.get("callbacks", {}).get(self.state_key):
+                network = pl_module.get_submodule(self.network)
+                cut_again(network, state)
+                self.found = network, state
+            load(checkpoint, *options, **others)
 
-        pl_module.on_load_checkpoint = cut_first  # type: ignore[method-assign]
+        trainer.strategy.load_model_state_dict = cut_first  # type: ignore[method-assign, assignment]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lightning's hook: the module has its own hook again."""
-        vars(pl_module).pop("on_load_checkpoint", None)
+        """Lightning's hook: loading is as it was."""
+        vars(trainer.strategy).pop("load_model_state_dict", None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning's hook: likewise, of a training cut short."""
-        vars(pl_module).pop("on_load_checkpoint", None)
+        vars(trainer.strategy).pop("load_model_state_dict", None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook: look at the network."""
@@ -80,10 +84,14 @@ class PruningCallback(Callback):
                 f"{trainer.world_size} processes: Lightning has wrapped the module already; prune it before trainer.fit"
             )
         network, self.step = pl_module.get_submodule(self.network), trainer.global_step
-        if self.found or self.pruning is None or self.pruning.model is not network:
-            loader: Any = trainer.train_dataloader if self.loader is None else self.loader
-            self.pruning = GradualPruning(network, loader, **self.options, state=self.found)
+        state = self.found[1] if self.found and self.found[0] is network else None
         self.found = None
+        if state or self.pruning is None or self.pruning.model is not network:
+            loader: Any = trainer.train_dataloader if self.loader is None else self.loader
+            self.pruning = GradualPruning(network, loader, **self.options, state=state)
+        if state and self.every == "epoch" and trainer.current_epoch:
+            # A checkpoint of an epoch's last step is of before the stage at its end, which Lightning does not repeat.
+            self.pruning(trainer.current_epoch, *trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Lightning's hook: prune if it is due by the step."""

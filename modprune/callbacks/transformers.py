@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -25,7 +26,8 @@ class PruningCallback(TrainerCallback):
         callback.resume(trainer.model, "out/checkpoint-500")
         trainer.train(resume_from_checkpoint="out/checkpoint-500")
 
-    With `load_best_model_at_end` the best may be of before the last stage, and what is left of it comes back.
+    With `load_best_model_at_end` the best may be of before the last stage, and what is left of it comes back. A search
+    for hyper-parameters keeps no `modprune.json`.
 
     Args:
         loader: calibration batches, dicts with `labels`; those of the training if None.
@@ -44,7 +46,7 @@ class PruningCallback(TrainerCallback):
             raise ValueError(f"every={every!r}: 'epoch' or 'step' is needed")
         self.loader, self.every, self.options = loader, every, options
         self.pruning: GradualPruning | None = None
-        self.found: dict[str, Any] | None = None
+        self.found: tuple[nn.Module, dict[str, Any]] | None = None
 
     def resume(self, model: nn.Module, checkpoint: str | Path) -> None:
         """Remove from a whole model what was gone at a checkpoint, and go on from there when the training begins.
@@ -54,13 +56,23 @@ class PruningCallback(TrainerCallback):
             checkpoint: the folder that `resume_from_checkpoint` gets.
 
         Raises:
-            OSError: where it has no `modprune.json`; ValueError: for one of another model.
+            OSError: where it has no `modprune.json`; ValueError: for one of another model, one that has lost more
+                since, and weights under other names than the model's, which the Trainer would pass over in silence.
         """
         record = _record(checkpoint)
         if not record.exists():
             raise FileNotFoundError(f"{record}: not there: the training was without this callback, or cut short there")
-        self.found = json.loads(record.read_text())
-        cut_again(model, self.found)
+        try:
+            state = json.loads(record.read_text())
+        except ValueError:
+            raise ValueError(f"{record}: not JSON: take an earlier checkpoint") from None
+        for name in sorted(_saved_names(record.parent) - model.state_dict().keys()):
+            raise ValueError(
+                f"{record.parent}: its {name} is unknown to the {type(model).__name__}: the Trainer would leave such "
+                "weights as they are; resume with the release of transformers that wrote it, or load them yourself"
+            )
+        cut_again(model, state)
+        self.found = model, state
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -70,10 +82,14 @@ class PruningCallback(TrainerCallback):
             raise RuntimeError(
                 f"{args.world_size} processes: the Trainer has wrapped the model already; prune it before trainer.train"
             )
-        if self.found or self.pruning is None or self.pruning.model is not given["model"]:
-            loader = given["train_dataloader"] if self.loader is None else self.loader
-            self.pruning = GradualPruning(given["model"], loader, **self.options, state=self.found)
+        model = given["model"]
+        resumed = self.found[1] if self.found and self.found[0] is model else None
         self.found = None
+        if resumed or self.pruning is None or self.pruning.model is not model:
+            loader = given["train_dataloader"] if self.loader is None else self.loader
+            self.pruning = GradualPruning(model, loader, **self.options, state=resumed)
+        if resumed:  # a checkpoint of an epoch's last step is of before the stage at its end, which is not repeated
+            self.on_epoch_end(args, state, control, **given)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """The Trainer's hook: prune if it is due by the step."""
@@ -82,9 +98,10 @@ class PruningCallback(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """The Trainer's hook: prune if it is due by the epoch."""
-        if self.every == "epoch" and self.pruning is not None:
-            # A whole one may lack a rounding error; the last one may be a part, which is none.
-            self.pruning(math.floor((state.epoch or 0) + 1e-6), given["optimizer"])
+        # A whole one may lack a rounding error; the last one may be a part, which is none.
+        epochs = math.floor((state.epoch or 0) + 1e-6)
+        if self.every == "epoch" and self.pruning is not None and epochs:
+            self.pruning(epochs, given["optimizer"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """The Trainer's hook: what has gone, for `resume`."""
@@ -96,6 +113,15 @@ class PruningCallback(TrainerCallback):
         """The Trainer's hook: warn if stages never came due."""
         if self.pruning is not None:
             self.pruning.warn_if_unfinished()
+
+
+def _saved_names(checkpoint: Path) -> set[str]:
+    """Of the weights in a checkpoint."""
+    names: set[str] = set()
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    return names
 
 
 def _record(checkpoint: str | Path) -> Path:

@@ -29,6 +29,7 @@ class CifarVGG(nn.Module):
 
     def __init__(self, depth: int, num_classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
+        self._made_with = {"depth": depth, "width": width}
         layers: list[nn.Module] = []
         channels, last = 3, int(512 * width)
         for planes in STAGES[depth]:
@@ -51,10 +52,8 @@ class CifarVGG(nn.Module):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of the constructor that make this network anew, unpruned."""
-        first, *_, last = self.classifier
-        depth = (len(self.features) - 5) // 3 + 3  # poolings, and three modules to a convolution
-        return {"depth": depth, "num_classes": last.out_features, "width": first.in_features / 512}  # type: ignore[operator]
+        """Those of the constructor that make this network anew, unpruned, but for the size of another head."""
+        return {**self._made_with, "num_classes": self.classifier[-1].out_features}
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, 32, 32) images -> (N, num_classes) logits."""

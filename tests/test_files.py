@@ -1,0 +1,66 @@
+"""Whether a file can be written is known before the work, and writing it comes to the same."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from modprune._files import check_path, write_bytes
+
+WRITABLE = ("new.txt", "file.txt", "deep/er/new.txt", "locked.txt", "dangling.txt", "n" * 255, "/dev/null")
+CLOSED = (
+    "closed/new.txt", "closed/file.txt", "into_closed.txt", "file.txt/new.txt", "closed", "dark/new.txt", "n" * 300,
+)  # fmt: skip
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may write anywhere."""
+    if os.getuid() != 0:
+        yield
+        return
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with as_nobody(), tempfile.TemporaryDirectory() as name:
+        here = Path(name)
+        for inner in ("closed", "dark"):
+            (here / inner).mkdir()
+        for file in ("file.txt", "locked.txt", "closed/file.txt"):
+            (here / file).write_text("old")
+        (here / "into_closed.txt").symlink_to(here / "closed" / "new.txt")
+        (here / "dangling.txt").symlink_to(here / "not" / "yet.txt")
+        (here / "locked.txt").chmod(0o444)
+        (here / "closed").chmod(0o555)
+        (here / "dark").chmod(0o000)
+        yield here
+        (here / "closed").chmod(0o755)
+        (here / "dark").chmod(0o755)
+
+
+@pytest.mark.parametrize("place", WRITABLE + CLOSED, ids=lambda place: place[:20])
+def test_what_is_said_beforehand_is_what_happens(folder, place):
+    before = sorted(folder.iterdir())
+    if place in WRITABLE:
+        check_path(folder / place)
+        assert sorted(folder.iterdir()) == before
+        write_bytes(folder / place, b"new")
+        return
+    for act in (check_path, lambda path: write_bytes(path, b"new")):
+        with pytest.raises(
+            OSError, match=rf"^{re.escape(str(folder / place))}: cannot be written \([^\n]*; give a f.*can$"
+        ):
+            act(folder / place)
+        assert sorted(folder.iterdir()) == before

@@ -38,6 +38,8 @@ class PassThrough(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The first argument itself, not a copy, in the form that the block gave."""
+        if not self.modprune_outputs and args and isinstance(args[0], Tensor):
+            return args[0]  # what follows says the same, in microseconds that a small network feels
         given = arguments(args, kwargs)
         if not self.modprune_outputs:
             x = first_tensor(given)

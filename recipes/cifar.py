@@ -34,8 +34,9 @@ def main(arguments: argparse.Namespace) -> None:
     train, test = (DATA[arguments.data](arguments.data_dir, train=part) for part in (True, False))
     network = MODELS[arguments.model](num_classes=train.num_classes).to(device)
     modprune.ModularityPruner(network, None, (), **pruning)  # what is wrong is told before the training, not after
-    trained = out / "trained.safetensors"
-    if arguments.weights or trained.exists():
+    made_by = (arguments.model, arguments.data, arguments.train_epochs, "epochs-seed", arguments.seed)
+    trained = out / f"{'-'.join(map(str, made_by))}.safetensors"
+    if arguments.weights or trained.exists():  # of an earlier command with the same --out
         modprune.load_weights(network, arguments.weights or trained)
     else:
         loader = ImageLoader(train, BATCH, pad=PAD, shuffle=True, seed=arguments.seed, device=device)

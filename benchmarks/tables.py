@@ -6,6 +6,7 @@ python -m benchmarks.tables
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +34,7 @@ share of three forward passes and one build of the dependency graph. *neither*: 
 either; *no*: see below the table. By `python -m benchmarks.zoo`; rows come from several commits, and the times of those
 that had been near 1 or above it were measured anew."""
 TRAINING_IMAGES = 50_000
+MACHINES = (RESULTS, RESULTS / "xeon")  # where the clock was read: one with bfloat16 instructions, one without
 OURS = {
     "resnet56-cifar10-restored": "blocks and a little width",
     "resnet56-cifar10": "blocks",
@@ -45,9 +47,9 @@ SHOWN_LEFT = 0.60  # the budget at which the blocks left are shown
 STEPS = ("forward", "round_trip", "width", "pruner", "gradients", "depgraph", "compile", "export", "onnx")
 
 
-def load(name: str) -> dict[str, Any]:
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """The JSON of a result."""
-    data: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    data: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return data
 
 
@@ -139,61 +141,68 @@ def _top1(run: dict[str, Any]) -> float:
 
 
 def speed() -> str:
-    """What the hot paths cost."""
-    q, curve, tune, memory = (load(n) for n in ("modularity-speed", "curve-speed", "finetune-speed", "curve-memory"))
-    rows = [
-        (f"Q of {r['samples']} x {r['columns']} against a Python loop and networkx", f"{r['ratio']:.0f}x faster")
-        for r in q["reference"]
-    ]
+    """What the hot paths cost, on each machine."""
+    costs = [_costs(folder) for folder in MACHINES]
+    lines = [_row(["", *(_machine(load("modularity-speed", folder)) for folder in MACHINES)])]
+    lines.append(_row(["---"] * (1 + len(costs))))
+    lines += [_row([what, *(cost.get(what, "not measured") for cost in costs)]) for what in costs[0]]
+    return "\n".join([*lines, "", "; ".join(map(_commits, MACHINES)) + "."])
+
+
+def _costs(folder: Path) -> dict[str, str]:
+    """What was measured, and the result."""
+    q, curve, tune = (load(name, folder) for name in ("modularity-speed", "curve-speed", "finetune-speed"))
     floor, large = q["floor"], q["large"]
-    rows += [
-        (
-            f"Q of {floor['samples']} x {floor['columns']} against the product `F @ F.T` alone"
-            " (ours: half of it, by oneDNN)",
-            f"{floor['ratio']:.2f}x its time",
-        ),
-        (
-            f"Q of {large['samples']} x {large['columns']}",
-            f"{large['seconds']:.1f} s, {large['peak_mib']:.0f} MiB beside the features",
-        ),
-        (
-            "ResNet56's curve (images channels last) against a forward pass of its images as they come",
-            f"{curve['curve_over_forward']:.2f}x its time",
-        ),
-        (
-            f"resnet50's curve at 224 x 224, {memory['samples']} images: {memory['features_mib']:.0f} MiB of features",
-            f"peak {memory['peak_mib']:.0f} MiB with a budget of {memory['budget_mib']:.0f} MiB "
-            f"(a forward pass alone: {memory['peak_of_a_forward_pass_mib']:.0f}), in {memory['seconds'] / 60:.0f} "
-            "minutes",
-        ),
-    ]
-    rows += [
-        (
-            f"Fine-tuning {r['network']} ({(tune['autocast'] or 'torch.float32')[6:]}, channels last) against Dataset "
-            "and DataLoader (float32)",
-            f"{r['ratio']:.2f}x the images per second",
+    found = {
+        f"Q of {r['samples']} x {r['columns']} against a Python loop and networkx": f"{r['ratio']:.0f}x faster"
+        for r in q["reference"]
+    }
+    what = f"Q of {floor['samples']} x {floor['columns']} against the product `F @ F.T` alone"
+    found[f"{what} (ours: half of it, by oneDNN)"] = f"{floor['ratio']:.2f}x its time"
+    found[f"Q of {large['samples']} x {large['columns']}"] = (
+        f"{large['seconds']:.1f} s, {large['peak_mib']:.0f} MiB beside the features"
+    )
+    found["ResNet56's curve (images channels last) against a forward pass of its images as they come"] = (
+        f"{curve['curve_over_forward']:.2f}x its time"
+    )
+    if (folder / "curve-memory.json").exists():
+        memory = load("curve-memory", folder)
+        features = f"{memory['samples']} images: {memory['features_mib']:.0f} MiB of features"
+        found[f"resnet50's curve at 224 x 224, {features}"] = (
+            f"peak {memory['peak_mib']:.0f} MiB with a budget of {memory['budget_mib']:.0f} MiB (a forward pass alone: "
+            f"{memory['peak_of_a_forward_pass_mib']:.0f}), in {memory['seconds'] / 60:.0f} minutes"
         )
-        for r in tune["images_per_second"]
-    ]
-    lines = ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
-    measured = {"Q": q, "ResNet56's curve": curve, "fine-tuning": tune, "resnet50's curve": memory}
-    machines: dict[str, list[str]] = {}
-    for what, run in measured.items():
-        machine = run["environment"]
-        on = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
-        machines.setdefault(on, []).append(f"{what} at {machine['commit']}")
-    note = "; ".join(f"{on}: {', '.join(which)}" for on, which in machines.items()) + "."
-    return "\n".join([*lines, "", note])
+    dtype = (tune["autocast"] or "torch.float32").removeprefix("torch.")
+    for r in tune["images_per_second"]:
+        found[f"Fine-tuning {r['network']} (channels last) against Dataset and DataLoader (float32)"] = (
+            f"{r['ratio']:.2f}x the images per second, in {dtype}"
+        )
+    return found
+
+
+def _commits(folder: Path) -> str:
+    """What was measured where: the commits and the version of torch."""
+    names = {
+        "modularity-speed": "Q", "curve-speed": "ResNet56's curve", "finetune-speed": "fine-tuning",
+        "curve-memory": "resnet50's curve",
+    }  # fmt: skip
+    places: dict[str, list[str]] = {}
+    for name, what in names.items():
+        if (folder / f"{name}.json").exists():
+            run = load(name, folder)
+            on = f"{_machine(run)}, torch {run['environment']['versions']['torch']}"
+            places.setdefault(on, []).append(f"{what} at {run['environment']['commit']}")
+    return "; ".join(f"{on}: {', '.join(which)}" for on, which in places.items())
 
 
 def clock() -> str:
     """How many times as fast as the unpruned network depth and width make ResNet56, at equal MACs."""
-    run = load("latency")
-    row = run["networks"]["resnet56"]["eager"]
-    head = ["batch", "ideal, by MACs", "blocks removed", "channels removed", "channels, by eights"]
-    lines = [_row(head), _row(["---:"] * 5)]
-    lines += [_row([batch, *_speed_ups(row, cell)]) for batch, cell in row["batches"].items()]
-    return "\n".join([*lines, "", f"Medians of passes in turns; {_machine(run)}."])
+    head = ["machine", "batch", "ideal, by MACs", "blocks removed", "channels removed", "channels, by eights"]
+    lines = [_row(head), _row(["---", *["---:"] * 5])]
+    for run in (load("latency", folder) for folder in MACHINES):
+        row = run["networks"]["resnet56"]["eager"]
+        lines += [_row([_machine(run), batch, *_speed_ups(row, cell)]) for batch, cell in row["batches"].items()]
+    return "\n".join(lines)
 
 
 def clocks() -> str:
@@ -234,7 +243,8 @@ def _speed_ups(row: dict[str, Any], cell: dict[str, Any]) -> list[str]:
 
 
 def _machine(run: dict[str, Any]) -> str:
-    return f"{run['environment']['cpu']}, {run['environment']['threads']} threads"
+    cpu = re.sub(r"\(R\)| Processor| @ \S+", "", run["environment"]["cpu"])
+    return f"{cpu}, {run['environment']['threads']} threads"
 
 
 def criteria() -> str:

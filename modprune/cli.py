@@ -154,7 +154,7 @@ def plan(
     from modprune.data import calibration
     from modprune.specs import load_data
 
-    _need_budget(flops, params, count, latency)
+    _check_budget(flops, params, count, latency)
     first = meet(pick_device(device))
     network, train = load_network(model, weights, device, data), load_data(data, data_dir, train=True)
     loader = calibration(train, seed, pick_device(device))
@@ -201,7 +201,7 @@ def prune(
     from modprune.recipe import Recipe
     from modprune.specs import load_data
 
-    _need_budget(flops, params, count, latency)
+    _check_budget(flops, params, count, latency)
     network = load_network(model, weights, device, data)
     train, test = load_data(data, data_dir, train=True), load_data(data, data_dir, train=False)
     recipe = Recipe(epochs=epochs, lr=lr) if epochs else None
@@ -269,9 +269,15 @@ def _terminated(*_: object) -> None:
     sys.exit(143)
 
 
-def _need_budget(*budgets: float | None) -> None:
-    if all(budget is None for budget in budgets):
+def _check_budget(flops: float | None, params: float | None, count: int | None, latency: float | None) -> None:
+    from modprune.budget import Budget
+
+    if flops is params is count is latency is None:
         raise typer.BadParameter("say how much to remove: --flops, --latency, --params or --blocks")
+    try:
+        Budget(flops, params, count, latency)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _write(path: Path | None, data: Any) -> None:

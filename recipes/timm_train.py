@@ -60,8 +60,8 @@ def main(arguments: argparse.Namespace) -> None:
             ema = ModelEmaV3(model, decay=decay)  # added: the old average holds on to what went
             print("removed", ", ".join(plan.remove))  # added
         print(f"epoch {epoch + 1}: loss {losses.avg:.3f}, Top-1 {top1(ema.module, test, device):.2f} %")
+        modprune.save(ema.module, arguments.out)  # added: weights and plan
     prune.warn_if_unfinished()  # added: warns if training ended before all stages came due
-    modprune.save(ema.module, arguments.out)  # added: weights and plan
 
 
 @torch.no_grad()

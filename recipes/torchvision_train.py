@@ -75,8 +75,7 @@ def main(arguments: argparse.Namespace) -> None:
         schedule.step()
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"epoch {epoch + 1}: loss {loss:.3f}, Top-1 {modprune.evaluate(ema.module, test).top1:.2f} %")
-    if int(os.environ.get("RANK", "0")) == 0:
-        modprune.save(ema.module, arguments.out)  # added: weights and plan
+            modprune.save(ema.module, arguments.out)  # added: weights and plan
     if processes > 1:
         destroy_process_group()
 

@@ -105,6 +105,11 @@ def test_criteria_are_those_of_the_library():
             "'x' is unknown: give one of resnet20",
         ),
         (["plan", "--model", "resnet20", "--weights", "w"], 2, "say how much to remove"),
+        (
+            ["plan", "--model", "resnet20", "--weights", "w", "--flops", "0.5", "--latency", "0.5"],
+            2,
+            "flops=0.5 and latency=0.5: give one of the two",
+        ),
         (["plan", "--model", "resnet20", "--weights", "w", "--criterion", "q"], 2, "'q' is unknown: give one of modul"),
         (["plan", "--model", "resnet20", "--weights", "w", "--flops", "0.5"], 1, "modprune: w: no such file"),
         (

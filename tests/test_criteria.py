@@ -69,6 +69,7 @@ def state(model):
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_plans_and_leaves_the_model_as_found(name):
+    torch.manual_seed(0)  # of some weights a linear classifier gains nothing across any block
     model = resnet20().train()
     model.layer1[0].eval()
     model.conv1.weight.requires_grad_(False)

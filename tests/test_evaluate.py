@@ -47,3 +47,34 @@ def test_labels_are_integers_of_any_width_and_empty_batches_count_nothing(dtype)
 def test_errors(batches, error, message):
     with pytest.raises(error, match=message):
         evaluate(Given(), batches)
+
+
+class Seen(nn.Module):
+    """A linear classifier after a convolution, by `flatten`, or by `view`, which takes images channels first alone."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.conv, self.fc, self.view = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 36, 5), view
+        self.channels_last: list[bool] = []
+
+    def forward(self, x):
+        features = self.conv(x)
+        logits = self.fc(features.view(len(x), -1) if self.view else features.flatten(1))
+        self.channels_last.append(x.is_contiguous(memory_format=torch.channels_last))
+        return logits
+
+
+def test_images_go_channels_last_where_the_model_takes_them_so():
+    torch.manual_seed(0)
+    models = flatten, view = Seen(False), Seen(True)
+    view.load_state_dict(flatten.state_dict())
+    batches = [(torch.randn(4, 3, 6, 6), torch.arange(4)) for _ in range(3)]
+    first, second = (evaluate(model, batches) for model in models)
+    assert (flatten.channels_last, view.channels_last) == ([True] * 3, [False] * 3)
+    assert (first.loss, first.correct) == (pytest.approx(second.loss, rel=1e-6), second.correct)
+    assert not batches[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_a_model_says_of_its_inputs_comes_out():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        evaluate(nn.Linear(3, 2), [(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -62,7 +62,7 @@ class Modularity:
     k: int = 3
     samples: int = 500
     repeats: int = 5
-    budget: int = GIB
+    budget: int = field(default=GIB, repr=False)  # of memory: no score depends on it
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(repeats, blocks): each repeat from samples of its own."""
@@ -81,7 +81,7 @@ class ModularityDrop:
     k: int = 3
     samples: int = 500
     repeats: int = 1
-    budget: int = GIB
+    budget: int = field(default=GIB, repr=False)  # of memory: no score depends on it
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(repeats, blocks): each repeat from samples of its own."""

@@ -137,7 +137,7 @@ class GradualPruning:
         self.options = {"criterion": resolve(criterion), "ignored_layers": ignored_layers}
         self.plans: list[PruningPlan] = []
         self.whole = self.now = self._sizes()
-        self.stage = 0
+        self.count = self.stage = 0
         if state is None:  # better told now than at the first stage: whether the budget can be met at all
             anything = {**self.options, "criterion": Random()}
             ModularityPruner(model, self.example, self.loader, **anything, **self.budget).plan()  # type: ignore[arg-type]
@@ -154,6 +154,7 @@ class GradualPruning:
         Returns:
             The plan of the stage; None if nothing was removed.
         """
+        self.count = count
         self._pass_over()
         if self.stage == len(self.shares) or not self._is_due(count):
             return None
@@ -182,6 +183,7 @@ class GradualPruning:
         return {
             "budget": self.budget,
             "shares": list(self.shares),
+            "count": self.count,
             "stage": self.stage,
             "plans": [plan.to_json() for plan in self.plans],
             "whole": self.whole,
@@ -193,14 +195,15 @@ class GradualPruning:
         try:
             other = [name for name in ("budget", "shares") if state[name] != mine[name]]
             plans = [PruningPlan.from_json(plan) for plan in state["plans"]]
-            whole, stage = {name: int(state["whole"][name]) for name in self.whole}, int(state["stage"])
-        except (KeyError, TypeError):
+            whole = {name: int(state["whole"][name]) for name in self.whole}
+            count, stage = int(state["count"]), range(len(self.shares) + 1)[int(state["stage"])]
+        except (LookupError, TypeError, ValueError):
             raise ValueError(f"state={state!r:.60}: what state_dict gave is needed") from None
         if other:
             there, here = state[other[0]], mine[other[0]]
             raise ValueError(f"state: of {other[0]}={there}, where this is {here}: go on as it began")
         cut_again(self.model, state)
-        self.plans, self.whole, self.stage, self.now = plans, whole, stage, self._sizes()
+        self.plans, self.whole, self.count, self.stage, self.now = plans, whole, count, stage, self._sizes()
 
     def _pass_over(self) -> None:
         """Stages that are met by what has gone before."""

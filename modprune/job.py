@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,7 @@ def prune_job(
         "images": _digest({"images": train.images, "labels": train.labels}),
     }
     chosen_by = resolve(criterion)
-    constants = {"criterion": repr(chosen_by) if is_dataclass(chosen_by) else name_of(chosen_by)}
+    constants = {"criterion": _constants(chosen_by)}
     arguments = {**made_of, **constants, **budgets, **rest}
     # Before the minutes of measuring, not after.
     check_names(log_with)
@@ -131,6 +132,11 @@ def prune_job(
         shutil.rmtree(checkpoints, ignore_errors=True)
     everyones(None)  # nobody goes on before the files are there
     return report
+
+
+def _constants(criterion: Criterion) -> str:
+    """A criterion with its constants, the same in every process: functions print where they lie in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(criterion)) if is_dataclass(criterion) else name_of(criterion)
 
 
 def _check_same(out: Path, arguments: Mapping[str, Any]) -> bool:

@@ -270,7 +270,12 @@ def _maker_of(
         again = _built("", maker, plan, narrowed, tensors)
     except Exception:  # of what its owner has put into it
         return None
-    return maker if repr(again) == repr(model) else None
+    return maker if _looks(again) == _looks(model) else None
+
+
+def _looks(model: nn.Module) -> list[str]:
+    """The modules as they print themselves, and where their classes are from: two may have one name."""
+    return [repr(model), *(f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules())]
 
 
 def _built(

@@ -41,8 +41,8 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         loader = ImageLoader(train, BATCH, pad=PAD, shuffle=True, seed=arguments.seed, device=device)
         modprune.finetune(
-            network, loader, epochs=arguments.train_epochs, checkpoints=out / "training", resume=arguments.resume,
-            **TRAINING,
+            network, loader, epochs=arguments.train_epochs, checkpoints=trained.with_suffix(""),
+            resume=arguments.resume, **TRAINING,
         )  # fmt: skip
         if processes.is_main_process:
             modprune.save(network, trained)

@@ -26,7 +26,6 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import modprune
-from modprune._files import write_text
 from modprune.checkpoints import check_empty, load_newest, save_state
 from modprune.criteria import Modularity
 from modprune.finetune import autocast_dtype
@@ -126,7 +125,9 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         if not arguments.resume:
             plan_file.unlink(missing_ok=True)  # of a run that was cut short there
-        write_text(run_file, json.dumps(run, indent=2) + "\n")
+        partial = run_file.with_suffix(".partial")
+        partial.write_text(json.dumps(run, indent=2) + "\n")
+        partial.replace(run_file)  # whole, or as it was
     if arguments.resume and plan_file.exists():
         plan = modprune.PruningPlan.from_json(plan_file)
     else:

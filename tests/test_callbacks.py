@@ -40,7 +40,7 @@ class Classifier(pl.LightningModule):
         return loss
 
     def validation_step(self, batch, _):
-        return F.cross_entropy(self.network(batch[0]), batch[1])
+        self.log("loss", F.cross_entropy(self.network(batch[0]), batch[1]))
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
@@ -54,7 +54,7 @@ def train(callback, epochs=4, checkpoint=None, ckpt_path=None, **options):
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[callback, *([checkpoint] if checkpoint else [])], **options,
     )  # fmt: skip
-    trainer.fit(module, BATCHES, ckpt_path=ckpt_path)
+    trainer.fit(module, BATCHES, BATCHES, ckpt_path=ckpt_path)
     return module, trainer
 
 
@@ -87,6 +87,19 @@ def test_lightning_goes_on_from_a_checkpoint_of_its_own(tmp_path):
     trainer.fit(through, BATCHES)  # on in the same process: what has been met is not asked for again
     assert len(through.losses) == 20
     assert through.sizes[-1] == through.sizes[12]
+
+
+def test_what_says_when_is_asked_once_for_each_epoch(tmp_path):
+    options = {"network": "network", "blocks": 4, "shares": (0.5, 1), "criterion": "l1_norm"}
+    options["at"] = lambda count, _: count % 2 == 0
+    through, _ = train(LightningCallback(**options), checkpoint=ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1))
+    monitored = ModelCheckpoint(tmp_path / "monitored", "{epoch}", save_top_k=-1, monitor="loss")  # before the stage
+    train(LightningCallback(**options), checkpoint=monitored)
+    for folder in (tmp_path, tmp_path / "monitored"):
+        for epoch in range(3):
+            module, _ = train(LightningCallback(**options), ckpt_path=folder / f"epoch={epoch}.ckpt")
+            assert module.sizes == through.sizes[4 * (epoch + 1) :]
+            assert module.losses == through.losses[4 * (epoch + 1) :]
 
 
 def test_lightning_loses_no_stage_at_the_last_step_of_an_epoch(tmp_path):
@@ -122,6 +135,10 @@ def test_lightning_state_is_that_of_the_module_it_came_with(tmp_path):
     assert "load_model_state_dict" not in vars(trainer.strategy)
     callback.on_train_epoch_end(SimpleNamespace(current_epoch=1, optimizers=trainer.optimizers), other)
     assert len(removed_blocks(other.network).remove) == 2
+    trainer.validate(Classifier(), BATCHES, ckpt_path=tmp_path / "epoch=0.ckpt")
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    trainer.validate(again := Classifier(), BATCHES, ckpt_path=tmp_path / "whole.ckpt")
+    assert not removed_blocks(again.network).remove
 
 
 def test_lightning_prunes_at_a_step_by_modularity():
@@ -193,8 +210,8 @@ def test_transformers_goes_on_from_a_checkpoint_of_its_own(tmp_path):
         assert all(torch.equal(state[name], value) for name, value in through.model.state_dict().items())
     assert [len(plan.remove) for plan in callback.pruning.plans] == [1, 1]
     (checkpoint / "modprune.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-24/modprune.json: not there: the training was without"):
-        callback.resume(trainer.model, checkpoint)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-24/modprune.json: not there, nor all weights: the train"):
+        callback.resume(convnext(), checkpoint)
 
 
 def test_transformers_loses_no_stage_at_the_last_step_of_an_epoch(tmp_path):
@@ -209,6 +226,41 @@ def test_transformers_loses_no_stage_at_the_last_step_of_an_epoch(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert begun[0] == gone
         assert begun[-1] == 2
+
+
+def test_transformers_that_goes_on_without_what_had_gone_is_told(tmp_path):
+    options = {"at": (1, 2), "blocks": 2, "shares": (0.5, 1), "criterion": "l1_norm"}
+    trainer_of(convnext, tmp_path, TransformersCallback(**options), save_only_model=True).train()
+    checkpoint = str(tmp_path / "checkpoint-8")
+    with pytest.raises(RuntimeError, match=r"goes on from step 8: call callback.resume\(trainer.model, checkpoint\)"):
+        trainer_of(convnext, tmp_path / "again", TransformersCallback(**options)).train(checkpoint)
+    trainer = trainer_of(convnext, tmp_path / "again", callback := TransformersCallback(**options))
+    callback.resume(convnext(), checkpoint)
+    with pytest.raises(RuntimeError, match="resume was given another model than is trained"):
+        trainer.train(checkpoint)
+
+
+def test_transformers_prunes_from_a_checkpoint_of_a_training_without_it(tmp_path):
+    trainer_of(convnext, tmp_path, transformers.TrainerCallback()).train()
+    callback = TransformersCallback(at=(2,), blocks=2, criterion="l1_norm")
+    trainer = trainer_of(convnext, tmp_path / "again", callback)
+    callback.resume(trainer.model, tmp_path / "checkpoint-8")
+    assert not removed_blocks(trainer.model).remove
+    trainer.train(str(tmp_path / "checkpoint-8"))
+    assert len(removed_blocks(trainer.model).remove) == 2
+
+
+def test_transformers_asks_once_for_each_epoch(tmp_path):
+    options = {"at": lambda count, _: count % 2 == 1, "blocks": 2, "shares": (0.5, 1), "criterion": "l1_norm"}
+    trainer_of(convnext, tmp_path, TransformersCallback(**options)).train()
+    callback = TransformersCallback(**options)
+    trainer = trainer_of(convnext, tmp_path / "again", callback)
+    callback.resume(trainer.model, tmp_path / "checkpoint-8")
+    gone = []
+    callback.on_step_begin = lambda *_, model, **__: gone.append(len(removed_blocks(model).remove))
+    trainer.train(str(tmp_path / "checkpoint-8"))
+    assert gone == [1] * 16
+    assert len(removed_blocks(trainer.model).remove) == 2
 
 
 def test_transformers_that_saves_under_other_names_is_told(tmp_path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
 from modprune import count_params, load
 from modprune import job as jobs
-from modprune.criteria import Random
+from modprune.criteria import BlockScores, Modularity, Random
 from modprune.data import digits
 from modprune.job import prune_job
 from modprune.models import resnet20
@@ -58,6 +61,26 @@ def test_a_run_into_the_folder_of_another_never_ends_with_its_results(tmp_path, 
     assert len(json.loads((tmp_path / "plan.json").read_text())["remove"]) == 4
     assert report.pruned.params == count_params(load(tmp_path / "model.safetensors"))
     assert report.params_removed > 0.05
+
+
+def size_of(model, blocks):
+    return BlockScores(blocks.names, np.array([[float(b.params) for b in blocks]]))
+
+
+@dataclass(frozen=True)
+class Mine:
+    measure: Callable = size_of
+
+    def __call__(self, model, blocks, loader):
+        return self.measure(model, blocks)
+
+
+def test_a_criterion_is_the_same_wherever_it_lies_in_memory(tmp_path):
+    model, train, test = resnet20(), digits(True), digits(False)
+    prune_job(model, train, test, tmp_path, blocks=1, criterion=Mine())
+    recorded = json.loads((tmp_path / "run.json").read_text())["arguments"]["criterion"]
+    assert recorded == "Mine(measure=<function size_of>)"
+    assert "budget" not in repr(Modularity())
 
 
 def test_few_images_are_enough(tmp_path):

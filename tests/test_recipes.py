@@ -56,6 +56,18 @@ def test_cifar(data, weights, tmp_path):
     assert modprune.evaluate(pruned, [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))]).samples == 2
 
 
+def test_cifar_trains_anew_for_another_seed(tmp_path, monkeypatch):
+    cifar = recipe("cifar")
+    cifar.DATA = {"cifar10": lambda root, train: digits(train).subset(torch.arange(256))}
+    monkeypatch.setattr(cifar, "prune_job", lambda *_, **__: None)
+    options = ["--model", "resnet20", "--train-epochs", "1", "--out", str(tmp_path), "--resume"]
+    for seed in "010":
+        cifar.main(cifar.parse([*options, "--seed", seed]))
+    files = [tmp_path / f"resnet20-cifar10-1-epochs-seed-{seed}.safetensors" for seed in (0, 1)]
+    first, second = (modprune.load(file) for file in files)
+    assert not torch.equal(first.conv1.weight, second.conv1.weight)
+
+
 def test_cifar_does_not_train_for_weights_that_are_not_there(tmp_path):
     cifar = recipe("cifar")
     cifar.DATA = {"cifar10": lambda root, train: digits(train)}

@@ -6,13 +6,14 @@ import json
 import pickle
 import re
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torchvision
 
 from modprune.blocks import find_blocks
-from modprune.models import MODELS, CifarResNet, resnet18, resnet20, resnet56, vgg11_bn
+from modprune.models import MODELS, CifarResNet, CifarVGG, resnet18, resnet20, resnet56, vgg11_bn
 from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
 from modprune.store import checksum, load, load_weights, save
@@ -59,10 +60,30 @@ def test_a_head_of_ones_own_comes_back_or_asks_for_the_network(tmp_path):
     assert torch.equal(load(tmp_path / "a.safetensors").eval()(X), model(X))
 
 
+def test_a_built_in_network_made_of_numpys_numbers_comes_back(tmp_path):
+    made = (
+        CifarResNet(np.array([2, 1, 2]), num_classes=np.int64(4), in_channels=np.int64(3)),
+        resnet18(num_classes=np.int64(4), width=np.float32(0.125)),
+        CifarVGG(np.int64(11), num_classes=np.int64(4), width=np.float32(0.125)),
+    )
+    for model in made:
+        save(model, tmp_path / "a.safetensors")
+        loaded = load(tmp_path / "a.safetensors")
+        assert loaded.arguments == model.arguments
+        assert torch.equal(loaded.eval()(X), model.eval()(X))
+
+
 def gelu(model):
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.ReLU):
             model.set_submodule(name, torch.nn.GELU())
+
+
+class ReLU(torch.nn.ReLU):
+    """Something else under the same name."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
 
 
 @pytest.mark.parametrize(
@@ -73,6 +94,7 @@ def gelu(model):
         (resnet18, lambda model: setattr(model, "layer4", torch.nn.Conv2d(32, 64, 1))),
         (vgg11_bn, lambda model: setattr(model, "classifier", torch.nn.Linear(64, 3))),
         (vgg11_bn, gelu),
+        (vgg11_bn, lambda model: setattr(model.features, "2", ReLU())),
     ],
 )
 def test_a_built_in_network_that_was_changed_asks_for_itself(make, change, tmp_path):

@@ -16,7 +16,8 @@ class PruningCallback(Callback):
 
     Save what came of it by `modprune.save(module.network, path)`. Lightning's own checkpoints hold the weights that are
     left, and what has gone: `ckpt_path=` takes up a module that is whole, with this callback, pruned as it was then.
-    Averages of the weights (EMA, SWA) hold on to removed parameters: start them after the last stage.
+    Those that a `ModelCheckpoint(save_weights_only=True)` writes do not say what has gone. Averages of the weights
+    (EMA, SWA) hold on to removed parameters: start them after the last stage. A network takes one such callback.
 
     Args:
         loader: calibration batches; those of the training if None.
@@ -64,7 +65,7 @@ class PruningCallback(Callback):
             if state := checkpoint.get("callbacks", {}).get(self.state_key):
                 network = pl_module.get_submodule(self.network)
                 cut_again(network, state)
-                self.found = network, state
+                self.found, self.pruning = (network, state), None
             load(checkpoint, *options, **others)
 
         trainer.strategy.load_model_state_dict = cut_first  # type: ignore[method-assign, assignment]
@@ -89,7 +90,7 @@ class PruningCallback(Callback):
         if state or self.pruning is None or self.pruning.model is not network:
             loader: Any = trainer.train_dataloader if self.loader is None else self.loader
             self.pruning = GradualPruning(network, loader, **self.options, state=state)
-        if state and self.every == "epoch" and trainer.current_epoch:
+        if state and self.every == "epoch" and self.pruning.count < trainer.current_epoch:
             # A checkpoint of an epoch's last step is of before the stage at its end, which Lightning does not repeat.
             self.pruning(trainer.current_epoch, *trainer.optimizers)
 

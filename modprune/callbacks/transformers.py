@@ -46,32 +46,38 @@ class PruningCallback(TrainerCallback):
             raise ValueError(f"every={every!r}: 'epoch' or 'step' is needed")
         self.loader, self.every, self.options = loader, every, options
         self.pruning: GradualPruning | None = None
-        self.found: tuple[nn.Module, dict[str, Any]] | None = None
+        self.found: tuple[nn.Module, dict[str, Any] | None] | None = None
 
     def resume(self, model: nn.Module, checkpoint: str | Path) -> None:
         """Remove from a whole model what was gone at a checkpoint, and go on from there when the training begins.
+
+        A checkpoint of a training without this callback has lost nothing: the pruning begins there.
 
         Args:
             model: the Trainer's.
             checkpoint: the folder that `resume_from_checkpoint` gets.
 
         Raises:
-            OSError: where it has no `modprune.json`; ValueError: for one of another model, one that has lost more
-                since, and weights under other names than the model's, which the Trainer would pass over in silence.
+            OSError: where it lacks weights of the model and has no `modprune.json`; ValueError: for one of another
+                model, one that has lost more since, and weights under other names than the model's, which the Trainer
+                would pass over in silence.
         """
-        record = _record(checkpoint)
-        if not record.exists():
-            raise FileNotFoundError(f"{record}: not there: the training was without this callback, or cut short there")
-        try:
-            state = json.loads(record.read_text())
-        except ValueError:
-            raise ValueError(f"{record}: not JSON: take an earlier checkpoint") from None
-        for name in sorted(_saved_names(record.parent) - model.state_dict().keys()):
+        record, saved, known = _record(checkpoint), _saved_names(Path(checkpoint)), model.state_dict().keys()
+        state = None
+        if record.exists():
+            try:
+                state = json.loads(record.read_text())
+            except ValueError:
+                raise ValueError(f"{record}: not JSON: take an earlier checkpoint") from None
+        elif known - saved:
+            raise FileNotFoundError(f"{record}: not there, nor all weights: the training was cut short there")
+        for name in sorted(saved - known):
             raise ValueError(
                 f"{record.parent}: its {name} is unknown to the {type(model).__name__}: the Trainer would leave such "
                 "weights as they are; resume with the release of transformers that wrote it, or load them yourself"
             )
-        cut_again(model, state)
+        if state is not None:
+            cut_again(model, state)
         self.found = model, state
 
     def on_train_begin(
@@ -82,13 +88,20 @@ class PruningCallback(TrainerCallback):
             raise RuntimeError(
                 f"{args.world_size} processes: the Trainer has wrapped the model already; prune it before trainer.train"
             )
-        model = given["model"]
-        resumed = self.found[1] if self.found and self.found[0] is model else None
-        self.found = None
+        model, found, self.found = given["model"], self.found, None
+        if found and found[0] is not model:
+            raise RuntimeError("resume was given another model than is trained: give the Trainer that one as model=")
+        if state.global_step and not found and self.pruning is None:
+            raise RuntimeError(
+                f"trainer.train goes on from step {state.global_step}: call callback.resume(trainer.model, checkpoint) "
+                "before it, which removes what had gone"
+            )
+        resumed = found[1] if found else None
         if resumed or self.pruning is None or self.pruning.model is not model:
             loader = given["train_dataloader"] if self.loader is None else self.loader
             self.pruning = GradualPruning(model, loader, **self.options, state=resumed)
-        if resumed:  # a checkpoint of an epoch's last step is of before the stage at its end, which is not repeated
+        if resumed and self.pruning.count < _epochs(state):
+            # A checkpoint of an epoch's last step is of before the stage at its end, which the Trainer does not repeat.
             self.on_epoch_end(args, state, control, **given)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -98,10 +111,8 @@ class PruningCallback(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """The Trainer's hook: prune if it is due by the epoch."""
-        # A whole one may lack a rounding error; the last one may be a part, which is none.
-        epochs = math.floor((state.epoch or 0) + 1e-6)
-        if self.every == "epoch" and self.pruning is not None and epochs:
-            self.pruning(epochs, given["optimizer"])
+        if self.every == "epoch" and self.pruning is not None and _epochs(state):
+            self.pruning(_epochs(state), given["optimizer"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """The Trainer's hook: what has gone, for `resume`."""
@@ -113,6 +124,11 @@ class PruningCallback(TrainerCallback):
         """The Trainer's hook: warn if stages never came due."""
         if self.pruning is not None:
             self.pruning.warn_if_unfinished()
+
+
+def _epochs(state: TrainerState) -> int:
+    """Whole ones so far: one may lack a rounding error; the last one may be a part, which is none."""
+    return math.floor((state.epoch or 0) + 1e-6)
 
 
 def _saved_names(checkpoint: Path) -> set[str]:

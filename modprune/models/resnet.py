@@ -57,7 +57,7 @@ class CifarResNet(nn.Module):
 
     def __init__(self, blocks: Sequence[int], num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
-        self._made_with = {"blocks": list(blocks), "in_channels": in_channels}
+        self._made_with = {"blocks": [int(count) for count in blocks], "in_channels": int(in_channels)}
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = _stage(16, 16, blocks[0], stride=1)
@@ -71,7 +71,7 @@ class CifarResNet(nn.Module):
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of the constructor that make this network anew, unpruned, but for the size of another head."""
-        return {**self._made_with, "num_classes": self.linear.out_features}
+        return {**self._made_with, "num_classes": int(self.linear.out_features)}
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) images -> (N, num_classes) logits."""

@@ -33,7 +33,7 @@ class CifarResNet18(nn.Module):
 
     def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
-        self._made_with = {"width": width}
+        self._made_with = {"width": float(width)}
         planes = [int(n * width) for n in (64, 128, 256, 512)]
         self.conv1 = nn.Conv2d(3, planes[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes[0])
@@ -49,7 +49,7 @@ class CifarResNet18(nn.Module):
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of the constructor that make this network anew, unpruned, but for the size of another head."""
-        return {**self._made_with, "num_classes": self.linear.out_features}
+        return {**self._made_with, "num_classes": int(self.linear.out_features)}
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) images -> (N, num_classes) logits."""

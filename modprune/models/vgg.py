@@ -29,7 +29,7 @@ class CifarVGG(nn.Module):
 
     def __init__(self, depth: int, num_classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
-        self._made_with = {"depth": depth, "width": width}
+        self._made_with = {"depth": int(depth), "width": float(width)}
         layers: list[nn.Module] = []
         channels, last = 3, int(512 * width)
         for planes in STAGES[depth]:
@@ -53,7 +53,7 @@ class CifarVGG(nn.Module):
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of the constructor that make this network anew, unpruned, but for the size of another head."""
-        return {**self._made_with, "num_classes": self.classifier[-1].out_features}
+        return {**self._made_with, "num_classes": int(self.classifier[-1].out_features)}  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, 32, 32) images -> (N, num_classes) logits."""

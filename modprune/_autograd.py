@@ -26,7 +26,10 @@ LAYOUT = (
     *("View", "UnsafeView", "Reshape", "Alias", "Permute", "Transpose", "TBackward", "Roll", "Clone"),
     *("Squeeze", "Unsqueeze", "ToCopy", "BackwardHookFunction"),
 )
-NORMS = ("NativeLayerNorm", "RmsNorm", "FusedRmsNorm")
+NORMS = (
+    *("NativeLayerNorm", "RmsNorm", "FusedRmsNorm", "NativeGroupNorm"),
+    *("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"),
+)
 
 # What a value is made from, as bits: parameters, the value that a walk starts from.
 _LEARNED, _FROM_START = 1, 2

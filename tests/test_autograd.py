@@ -56,6 +56,9 @@ def test_buffers_and_random_numbers_come_back():
         (lambda x, w: torch.add(w * x, x, alpha=3), "", 0),
         (lambda x, w: x + w * x + w * x, "branch", 2),
         (lambda x, w: F.layer_norm(x + w * x, (2,)), "branch", 0),  # post-norm
+        (lambda x, w: F.group_norm(x + w * x, 2), "branch", 0),
+        (lambda x, w: F.batch_norm(x + w * x, torch.zeros(2), torch.ones(2)).relu(), "branch", 0),
+        (lambda x, w: F.batch_norm(x, torch.zeros(2), torch.ones(2)) + w * x, "", 2),  # the shortcut is norm(x)
         (lambda x, w: F.layer_norm(F.layer_norm(x + w * x, (2,)) + w, (2,)), "branch", 0),
         (lambda x, w: F.layer_norm(x, (2,)) + w * x, "", 2),  # the shortcut is norm(x)
     ],

@@ -153,6 +153,30 @@ def test_a_network_that_steers_by_attributes_of_its_layers():
     torch.testing.assert_close(model(x), expected)
 
 
+class NormedSum(nn.Module):
+    """A residual block whose norm and activation follow the sum."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.norm = nn.Conv2d(8, 8, 3, padding=1), norm
+
+    def forward(self, x):
+        return torch.relu(self.norm(x + self.branch(x)))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.GroupNorm(4, 8), nn.InstanceNorm2d(8, affine=True)], ids=str)
+def test_a_block_goes_with_the_norm_behind_its_sum(norm):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *(NormedSum(copy.deepcopy(norm)) for _ in range(3)), nn.Flatten()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert [(block.name, block.kind, block.exact) for block in find_blocks(model, x)] == [
+        (name, "identity", False) for name in "123"
+    ]
+    expected = nn.Sequential(model[0], model[1], model[3], model[4])(x)
+    remove_blocks(model, ["2"], example_inputs=x)
+    assert torch.equal(model(x), expected)
+    assert not list(model[2].parameters())
+
+
 class Detector(nn.Module):
     """Gives back as many rows as it finds."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -260,7 +261,19 @@ def criteria() -> str:
         recovered = [_recovery(cells[budget]) for budget in budgets]
         left = _left_by_stage(cells[SHOWN_LEFT])
         lines.append(_row([f"`{name}`", *recovered, f"{sum(places) / len(places):.1f}", left]))
-    return "\n".join(lines)
+    several = [row for row in rows if len(row["finetuned"]) > 1]
+    return "\n".join([*lines, *(["", _spread(several)] if several else [])])
+
+
+def _spread(rows: list[dict[str, Any]]) -> str:
+    """How far the fine-tunings of one cut lie apart."""
+    budgets = sorted({row["asked"] for row in rows})
+    ranges = [max(values) - min(values) for values in (row["finetuned"].values() for row in rows)]
+    where = " and ".join(f"{budget:.0%}" for budget in budgets)
+    return (
+        f"At {where} the third figure is the mean of {len(rows[0]['finetuned'])} seeds: those of one cut lie "
+        f"{statistics.mean(ranges):.1f} points apart on average, {max(ranges):.1f} at the most."
+    )
 
 
 def _place(row: dict[str, Any], rivals: list[dict[str, Any]]) -> float:
@@ -277,7 +290,7 @@ def _left_by_stage(row: dict[str, Any]) -> str:
 
 
 def _recovery(row: dict[str, Any]) -> str:
-    stages = [row["top1_at_once"], row["top1_with_new_batch_norm"], *row["finetuned"].values()]
+    stages = [row["top1_at_once"], row["top1_with_new_batch_norm"], statistics.mean(row["finetuned"].values())]
     return " → ".join(f"{top1:.1f}" for top1 in stages)
 
 

@@ -170,7 +170,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error})") from None
     except Exception as error:  # safetensors raises a class of its own
-        raise ValueError(f"{path}: not a whole safetensors file ({str(error)[:80]}); get it anew") from None
+        raise ValueError(f"{path}: not a whole safetensors file ({str(error)[:80]}); give a whole one") from None
 
 
 def _read_torch(path: Path) -> Any:

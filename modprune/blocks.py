@@ -82,6 +82,12 @@ class Blocks(tuple[Block, ...]):
         """The names, in order."""
         return tuple(block.name for block in self)
 
+    @property
+    def why_no_more(self) -> str:
+        """What keeps everything else."""
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
+        return reasons or "no other module adds to its input, and no other convolution with a norm keeps the shape"
+
 
 def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
     """The removable blocks of a model in forward order, with what each costs; empty if it has none.

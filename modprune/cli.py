@@ -94,6 +94,8 @@ def blocks(
         print(f"{b.name:<{width}} {b.kind:<11} {b.params:>11,} {share[0]:>7.2%} {macs_m:>12} {share[1]:>7.2%}")
     for name, reason in found.refused.items():
         print(f"{name:<{width}} stays: {reason}")
+    if not found:
+        print(f"none can go: {found.why_no_more}")
     print(f"{len(found)} blocks; the network has {params:,} parameters and {macs / 1e6:.3f} M MACs")
     _write(json_, {"blocks": [asdict(b) for b in found], "refused": found.refused, "params": params, "macs": macs})
 

@@ -128,7 +128,7 @@ class ModularityPruner:
             if left is None and self.scores is not None:
                 continue
             if not blocks:
-                raise ValueError(f"{type(model).__name__} has no block that can be removed; refused: {blocks.refused}")
+                raise ValueError(f"{type(model).__name__} has no block that can be removed ({blocks.why_no_more})")
             with undisturbed(self.loader):
                 scores = self.criterion(model, blocks, self.loader)
             scores = _of_all(scores)

@@ -75,6 +75,12 @@ def test_help_names_every_command_and_option():
             assert [word for option in options for word in option.opts if word not in page] == []
 
 
+def test_a_network_without_blocks_is_told_why(tmp_path):
+    text = in_process("blocks", "--model", "torchvision:squeezenet1_1", "--size", 64).output
+    assert "none can go: no other module adds to its input, and no other convolution with a norm keeps" in text
+    assert "0 blocks; the network has 1,235,496 parameters" in text
+
+
 def test_blocks_curve_and_plan_write_json(weights, tmp_path):
     shared = ["--model", "resnet20", "--weights", weights, "--data", "digits"]
     assert "9 blocks" in in_process("blocks", "--model", "resnet20", "--json", tmp_path / "b.json").output

@@ -20,8 +20,8 @@ MODEL_NAMES = (
 )
 DATA_NAMES = ("cifar10", "cifar100", "digits")
 CRITERION_NAMES = (
-    *("modularity", "modularity_drop", "linear_probe", "dbp", "cka", "block_influence", "ablation", "taylor"),
-    *("l1_norm", "bn_scale", "consensus", "random"),
+    *("modularity", "modularity_drop", "modularity_pooled", "linear_probe", "dbp", "cka", "block_influence"),
+    *("ablation", "taylor", "l1_norm", "bn_scale", "consensus", "random"),
 )
 
 

@@ -22,9 +22,10 @@ from modprune._autograd import traceable
 from modprune._inputs import take
 from modprune.blocks import Blocks
 from modprune.bypass import bypassed
-from modprune.curve import ModularityCurve, modularity_curve, points, q_of
+from modprune.curve import ModularityCurve, check_classes, modularity_curve, points, q_of
 from modprune.evaluate import evaluate, logits_and_labels
 from modprune.features import GIB, LayerGrams, drawn, pairs, pooled
+from modprune.graph import modularity
 
 T = TypeVar("T")
 
@@ -94,6 +95,29 @@ class ModularityDrop:
 
 
 @dataclass(frozen=True)
+class ModularityPooled:
+    """As `Modularity`, of globally pooled features: the gain in what a classifier on top of the block could use.
+
+    Where in the image a feature lies no longer makes two samples alike. Ours: the Q of Lu et al. (ECCV 2022) on the
+    features of `LinearProbe`.
+    """
+
+    k: int = 3
+    samples: int = 500
+    repeats: int = 5
+
+    def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+        """(repeats, blocks): each repeat from samples of its own."""
+        stem, q = _at_points(model, blocks, loader, self.samples, self.repeats, self._q)
+        return BlockScores(blocks.names, np.diff(q, axis=1), ModularityCurve((stem, *blocks.names), q))
+
+    def _q(self, features: np.ndarray, labels: np.ndarray) -> float:
+        classes = torch.from_numpy(labels)
+        check_classes(classes)
+        return modularity(torch.from_numpy(features), classes, self.k)
+
+
+@dataclass(frozen=True)
 class LinearProbe:
     """Accuracy, from 0 to 1, that logistic regression on globally pooled features gains from block to block.
 
@@ -106,7 +130,8 @@ class LinearProbe:
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(repeats, blocks): each repeat from samples of its own."""
-        return _along_points(model, blocks, loader, self.samples, self.repeats, self._accuracy)
+        _, accuracy = _at_points(model, blocks, loader, self.samples, self.repeats, self._accuracy)
+        return BlockScores(blocks.names, np.diff(accuracy, axis=1))
 
     def _accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
         from sklearn.linear_model import LogisticRegression
@@ -274,6 +299,7 @@ class Consensus:
 CRITERIA: dict[str, Callable[[], Criterion]] = {
     "modularity": Modularity,
     "modularity_drop": ModularityDrop,
+    "modularity_pooled": ModularityPooled,
     "linear_probe": LinearProbe,
     "dbp": Dbp,
     "cka": Cka,
@@ -365,22 +391,22 @@ def _turned(x: Tensor, y: Tensor) -> float:
     return 1 - float(torch.where((x == y).all(-1), 1, cosines).mean())  # of what is unchanged, zeros too
 
 
-def _along_points(
+def _at_points(
     model: nn.Module,
     blocks: Blocks,
     loader: Iterable[Any],
     samples: int,
     repeats: int,
-    accuracy: Callable[[np.ndarray, np.ndarray], float],
-) -> BlockScores:
-    """What `accuracy(features (N, C), labels (N,))` gains from each point to the next."""
+    measure: Callable[[np.ndarray, np.ndarray], float],
+) -> tuple[str, np.ndarray]:
+    """The stem's name, and `measure(features (N, C), labels (N,))` at it and after every block: (repeats, points)."""
     drawn_samples = drawn(model, loader, samples, repeats)
     layers, values = points(model, blocks, take(drawn_samples[0][0][0], 0, 1)), []
     for sample in drawn_samples:
         labels = torch.cat([labels for _, labels in sample]).cpu().numpy()
         features = pooled(model, layers, sample)
-        values.append([accuracy(features[layer].numpy(), labels) for layer in layers])
-    return BlockScores(blocks.names, np.diff(np.array(values), axis=1))
+        values.append([measure(features[layer].numpy(), labels) for layer in layers])
+    return layers[0], np.array(values)
 
 
 def _without_each(model: nn.Module, blocks: Blocks, measure: Callable[[], T]) -> Iterator[T]:

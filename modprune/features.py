@@ -241,6 +241,9 @@ def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str,
         model: run in eval mode without gradients, on its own device; left as found.
         layers: names of sub-modules that are called once in a pass.
         sample: what to run it on.
+
+    Raises:
+        ValueError: if features hold NaN or infinity; names the layer.
     """
     parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
@@ -252,7 +255,10 @@ def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str,
         parts[layer].append(features.float().cpu())
 
     visit(model, layers, sample, keep)
-    return {layer: torch.cat(rows) for layer, rows in parts.items()}
+    features = {layer: torch.cat(rows) for layer, rows in parts.items()}
+    for layer, rows in features.items():
+        check_finite(rows.abs().amax(1), where=f"layer {layer}: ")
+    return features
 
 
 def visit(

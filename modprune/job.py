@@ -58,7 +58,7 @@ def prune_job(
     """Prune an image classifier and recover it; the original stays as it was.
 
     Writes to `out`: `run.json` (arguments, versions, commit, host, whether it is finished), `plan.json`, `curve.json`
-    and `curve.png` (if blocks are chosen by modularity), `metrics.csv` after each epoch, `model.safetensors`,
+    and `curve.png` (if blocks are chosen by a curve of Q), `metrics.csv` after each epoch, `model.safetensors`,
     `report.json`, `report.md`; while it trains also `checkpoints/`. Files are whole or not there at any moment. Those
     of a finished run that was there go once the new one has its plan.
 
@@ -170,7 +170,7 @@ def _report_anew(model: nn.Module, test: ImageData, out: Path) -> Report:
 
 def _write_report(report: Report, plan: PruningPlan, out: Path) -> None:
     report.to_json(out / "report.json")
-    picture = "\n![curve](curve.png)\n" if plan.criterion == "modularity" else ""
+    picture = "\n![curve](curve.png)\n" if (out / "curve.png").exists() else ""
     write_text(out / "report.md", f"# Pruned by {plan.criterion}\n\n{report.to_markdown()}\n{_story(plan)}{picture}")
 
 

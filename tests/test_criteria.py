@@ -11,9 +11,10 @@ import torch
 import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from benchmarks.zoo_networks import NETWORKS
-from modprune import ModularityPruner, evaluate, find_blocks, modularity_curve
+from modprune import ModularityPruner, evaluate, find_blocks, modularity, modularity_curve
 from modprune.criteria import (
     CRITERIA,
     Ablation,
@@ -27,6 +28,7 @@ from modprune.criteria import (
     LinearProbe,
     Modularity,
     ModularityDrop,
+    ModularityPooled,
     Random,
     Taylor,
     _turned,
@@ -273,6 +275,29 @@ def test_the_drop_of_modularity_is_that_at_the_end_after_surgery():
     for block in blocks:
         cut = remove_blocks(copy.deepcopy(model), [block.name], kinds=[block.kind])
         assert scores[block.name] == pytest.approx(q_at_the_end(model) - q_at_the_end(cut), abs=1e-12)
+
+
+def test_pooled_modularity_is_that_of_the_means_over_all_positions():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    images, labels = torch.randn(60, 3, 64, 64), torch.arange(60) % 3
+    blocks = find_blocks(model, images[:1])
+    nodes = dict.fromkeys(["conv1", *blocks.names])
+    with torch.no_grad():
+        features = create_feature_extractor(model, list(nodes))(images)
+    q = [modularity(features[node].mean((2, 3)), labels, k=5) for node in nodes]
+    scores = ModularityPooled(k=5, samples=60, repeats=1)(model, blocks, [(images, labels)])
+    np.testing.assert_allclose(scores.values, [np.diff(q)], rtol=0, atol=1e-6)
+    assert scores.curve.layers == tuple(nodes)
+    np.testing.assert_allclose(scores.curve.q, [q], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", [ModularityPooled(samples=100), LinearProbe(samples=100)], ids=name_of)
+def test_criteria_of_pooled_features_name_the_layer_that_is_not_finite(criterion):
+    model = resnet20()
+    model.layer2[1].conv2.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"^layer layer2\.1: the features of sample 0 hold NaN"):
+        criterion(model, find_blocks(resnet20(), X), LABELLED)
 
 
 def test_taylor_is_the_slope_of_the_loss_as_the_block_shrinks():

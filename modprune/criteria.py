@@ -24,7 +24,7 @@ from modprune.blocks import Blocks
 from modprune.bypass import bypassed
 from modprune.curve import ModularityCurve, check_classes, modularity_curve, points, q_of
 from modprune.evaluate import evaluate, logits_and_labels
-from modprune.features import GIB, LayerGrams, drawn, pairs, pooled
+from modprune.features import GIB, LayerGrams, drawn, labels_of, pairs, pooled
 from modprune.graph import modularity
 
 T = TypeVar("T")
@@ -403,7 +403,7 @@ def _at_points(
     drawn_samples = drawn(model, loader, samples, repeats)
     layers, values = points(model, blocks, take(drawn_samples[0][0][0], 0, 1)), []
     for sample in drawn_samples:
-        labels = torch.cat([labels for _, labels in sample]).cpu().numpy()
+        labels = labels_of(sample).cpu().numpy()
         features = pooled(model, layers, sample)
         values.append([measure(features[layer].numpy(), labels) for layer in layers])
     return layers[0], np.array(values)

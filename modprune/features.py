@@ -232,7 +232,7 @@ class LayerGrams:
 
 
 def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str, Tensor]:
-    """For each layer the mean of its features over all positions: (N, channels) float32, on the CPU.
+    """For each layer the mean of its features over all positions: (N, channels) float32, on the CPU, of all processes.
 
     Channels are the second dimension; the last one (tokens, or channels last as in Swin) where the layer has parameters
     of that size and none of the second one's.
@@ -255,7 +255,8 @@ def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str,
         parts[layer].append(features.float().cpu())
 
     visit(model, layers, sample, keep)
-    features = {layer: torch.cat(rows) for layer, rows in parts.items()}
+    all_parts = everyones({layer: torch.cat(rows) for layer, rows in parts.items()})
+    features = {layer: torch.cat([part[layer] for part in all_parts]) for layer in layers}
     for layer, rows in features.items():
         check_finite(rows.abs().amax(1), where=f"layer {layer}: ")
     return features

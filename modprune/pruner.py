@@ -45,9 +45,9 @@ class ModularityPruner:
             the network measured anew before each.
 
     Of several processes (torch.distributed) all make the pruner and call it together, with the same weights. Each
-    measures its share of the samples: modularity gathers the features, so that its curve is that of one process; what
-    the other criteria score is averaged (`block_influence` and `cka` read all that the loader of a process gives). All
-    take the buffers of the first before.
+    measures its share of the samples: modularity and the linear classifiers gather the features, so that their scores
+    are those of one process; what the other criteria score is averaged (`block_influence` and `cka` read all that the
+    loader of a process gives). All take the buffers of the first before.
 
     Raises:
         ValueError: for budgets out of range, a model without removable blocks, an unknown criterion or layer.

@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from modprune import ModularityPruner, PruningPlan, find_blocks, finetune, modularity_curve
 from modprune._processes import check_alike
 from modprune.checkpoints import save_state
-from modprune.criteria import BlockScores, Modularity
+from modprune.criteria import BlockScores, Dbp, Modularity, ModularityPooled
 from modprune.data import ImageLoader, digits
 from modprune.models import resnet20
 
 X = torch.zeros(1, 3, 8, 8)
+POOLED = ModularityPooled(samples=101, repeats=1), Dbp(samples=101, repeats=1)
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -47,6 +48,11 @@ def sharded_curve(rank: int) -> list:
 
 def sharded_curve_of_little_memory(rank: int) -> list:
     return modularity_curve(network(), shard(rank), samples=101, repeats=1, budget=2**20).q.tolist()
+
+
+def sharded_pools(rank: int) -> list:
+    model = network()
+    return [criterion(model, find_blocks(model, X), shard(rank)).values.tolist() for criterion in POOLED]
 
 
 def common_curve(rank: int) -> list:
@@ -145,6 +151,7 @@ CASES = (
         unseen_by_accelerate,
         sharded_curve,
         sharded_curve_of_little_memory,
+        sharded_pools,
         common_curve,
         averaged_plan,
         other_statistics,
@@ -187,6 +194,16 @@ def test_the_curve_is_that_of_one_process_on_the_same_samples(of_both):
             both = [(torch.cat([x0[a], x1[b]]), torch.cat([y0[a], y1[b]]))]
             expected = modularity_curve(network(), both, samples=101, repeats=1).q[0]
             assert np.allclose(zero[repeat], expected, atol=1e-6)
+
+
+def test_criteria_of_pooled_features_see_those_of_all_processes(of_both):
+    shards = ((torch.cat(t) for t in zip(*shard(rank), strict=True)) for rank in range(2))
+    both = [(x[:n], y[:n]) for (x, y), n in zip(shards, (51, 50), strict=True)]
+    model = network()
+    expected = [criterion(model, find_blocks(model, X), both).values for criterion in POOLED]
+    zero, one = of_both(sharded_pools)
+    assert zero == one
+    np.testing.assert_allclose(zero, expected, rtol=0, atol=1e-6)
 
 
 def test_a_loader_that_all_share_is_worked_off_in_parts(of_both):

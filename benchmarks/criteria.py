@@ -1,10 +1,11 @@
-"""Every criterion under one budget: which blocks of ResNet56 it removes, and what is left of the Top-1 on CIFAR-10.
+"""Every criterion under one budget: which blocks of a CIFAR ResNet it removes, and what is left of the Top-1.
 
-    python -m benchmarks.criteria --data-dir DIR --weights FILE [--epochs E --seeds S ... --removed F ...]
+    python -m benchmarks.criteria --data-dir DIR --weights FILE [--network NAME --removed F ... --epochs E --seeds S ...]
 
-For 30, 45, 60 and 75 % of the MACs removed: Top-1 at once, with batch-norm statistics measured anew on 2,000 training
-images, and, if asked, after an equal fine-tuning for each seed: with the labels and what the unpruned network has said
-of each image once. Criteria see training images alone. Resumable: what is in the JSON is not measured again.
+For 30, 45, 60 and 75 % of the MACs removed, or those given: Top-1 on CIFAR-10 at once, with batch-norm statistics
+measured anew on 2,000 training images, and, if asked, after an equal fine-tuning for each seed: with the labels and
+what the unpruned network has said of each image once. Criteria see training images alone. Resumable: what is in the
+JSON is not measured again.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from modprune._memory import keep_freed_memory
 from modprune.blocks import Blocks
 from modprune.criteria import CRITERIA, BlockScores, Criterion, Modularity, ModularityDrop, Random
 from modprune.data import ImageData, ImageLoader, cifar10
-from modprune.models import resnet56
+from modprune.models import resnet20, resnet32, resnet56
 
+NETWORKS = {"resnet20": resnet20, "resnet32": resnet32, "resnet56": resnet56}
 REMOVED = (0.30, 0.45, 0.60, 0.75)
 SEED, CALIBRATION, RECALIBRATION = 0, 10_000, 2_000
 LR, WARMUP = 0.05, 0.1  # of the fine-tuning: peak rate, and the part of the epochs in which it rises
@@ -43,33 +45,39 @@ CONTENDERS: dict[str, tuple[Criterion, int]] = {
 }
 
 
-def main(data_dir: Path, weights: Path, epochs: int, seeds: Sequence[int], removed: Sequence[float]) -> None:
-    """Measure what is missing in benchmarks/results/criteria.json."""
+def main(
+    network: str, data_dir: Path, weights: Path, removed: Sequence[float], epochs: int, seeds: Sequence[int]
+) -> None:
+    """Measure what is missing in benchmarks/results/criteria-NETWORK.json."""
     keep_freed_memory()
-    network = load_weights(resnet56(), weights)
+    model = load_weights(NETWORKS[network](), weights)
     train, test = cifar10(data_dir, train=True), cifar10(data_dir, train=False)
-    path = RESULTS / "criteria.json"
+    title = f"criteria-{network}"
+    path = RESULTS / f"{title}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     for name in CONTENDERS:
-        if len([row for row in rows if row["criterion"] == name]) < len(REMOVED):
-            rows = [row for row in rows if row["criterion"] != name] + cuts(network, train, test, name)
-            store(weights, rows)
+        there = {row["asked"] for row in rows if row["criterion"] == name}
+        if missing := [flops for flops in removed if flops not in there]:
+            rows += cuts(model, train, test, name, missing)
+            store(title, weights, rows)
     for seed in seeds if epochs else ():
-        key, teacher = f"{epochs} epochs, seed {seed}", CachedTeacher(network, len(train), looks=1)
+        key, teacher = f"{epochs} epochs, seed {seed}", CachedTeacher(model, len(train), looks=1)
         for row in [row for row in rows if row["asked"] in removed and key not in row["finetuned"]]:
-            pruned = PruningPlan(tuple(row["removed"])).apply(copy.deepcopy(network))
+            pruned = PruningPlan(tuple(row["removed"])).apply(copy.deepcopy(model))
             row["finetuned"][key] = recovered(pruned, train, test, teacher, epochs, seed)
-            store(weights, rows)
+            store(title, weights, rows)
 
 
-def cuts(network: nn.Module, train: ImageData, test: ImageData, name: str) -> list[dict[str, Any]]:
+def cuts(
+    model: nn.Module, train: ImageData, test: ImageData, name: str, removed: Sequence[float]
+) -> list[dict[str, Any]]:
     """The rows of one criterion."""
     loader = ImageLoader(train.subset(torch.arange(CALIBRATION)), 100, shuffle=True, seed=SEED)
     criterion, stages = CONTENDERS[name]
     measure, rows = Once(criterion), []
-    for flops in REMOVED:
-        plan = ModularityPruner(network, EXAMPLE, loader, measure, flops=flops, iterative_steps=stages).plan()
-        pruned = plan.apply(copy.deepcopy(network))
+    for flops in removed:
+        plan = ModularityPruner(model, EXAMPLE, loader, measure, flops=flops, iterative_steps=stages).plan()
+        pruned = plan.apply(copy.deepcopy(model))
         row: dict[str, Any] = {
             "criterion": name,
             "asked": flops,
@@ -116,17 +124,18 @@ def top1(model: nn.Module, test: ImageData) -> float:
     return evaluate(model, ImageLoader(test, 125)).top1
 
 
-def store(weights: Path, rows: list[dict[str, Any]]) -> None:
+def store(title: str, weights: Path, rows: list[dict[str, Any]]) -> None:
     """Write the JSON anew."""
-    command = "python -m benchmarks.criteria --data-dir DIR --weights FILE"
-    write_result("criteria", {"command": command, "checkpoint": weights.name, "seed": SEED, "rows": rows})
+    command = f"python -m benchmarks.criteria --network {title.removeprefix('criteria-')} --data-dir DIR --weights FILE"
+    write_result(title, {"command": command, "checkpoint": weights.name, "seed": SEED, "rows": rows})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds cifar-10-batches-py")
-    parser.add_argument("--weights", type=Path, required=True, help="the public checkpoint of ResNet56")
+    parser.add_argument("--weights", type=Path, required=True, help="the public checkpoint of the network")
+    parser.add_argument("--network", choices=NETWORKS, default="resnet56")
+    parser.add_argument("--removed", type=float, nargs="+", default=REMOVED, help="fractions of the MACs")
     parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning every cut; 0 for none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the fine-tuning")
-    parser.add_argument("--removed", type=float, nargs="+", default=REMOVED, help="fine-tune the cuts of these alone")
     main(**vars(parser.parse_args()))

@@ -250,7 +250,7 @@ def _machine(run: dict[str, Any]) -> str:
 
 def criteria() -> str:
     """For every criterion and budget, what ResNet56 keeps of its Top-1."""
-    rows = load("criteria")["rows"]
+    rows = load("criteria-resnet56")["rows"]
     budgets = sorted({row["asked"] for row in rows})
     head = ["criterion", *(f"{budget:.0%} of the MACs" for budget in budgets)]
     lines = [_row([*head, "mean place", f"blocks left, {SHOWN_LEFT:.0%}"])]

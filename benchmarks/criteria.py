@@ -1,6 +1,6 @@
 """Every criterion under one budget: which blocks of a CIFAR ResNet it removes, and what is left of the Top-1.
 
-    python -m benchmarks.criteria --data-dir DIR --weights FILE [--network NAME --removed F ... --epochs E --seeds S ...]
+    python -m benchmarks.criteria --data-dir DIR --weights FILE [--network N --removed F ... --epochs E --seeds S ...]
 
 For 30, 45, 60 and 75 % of the MACs removed, or those given: Top-1 on CIFAR-10 at once, with batch-norm statistics
 measured anew on 2,000 training images, and, if asked, after an equal fine-tuning for each seed: with the labels and
@@ -63,8 +63,9 @@ def main(
     for seed in seeds if epochs else ():
         key, teacher = f"{epochs} epochs, seed {seed}", CachedTeacher(model, len(train), looks=1)
         for row in [row for row in rows if row["asked"] in removed and key not in row["finetuned"]]:
+            known = [r["finetuned"][key] for r in rows if r["removed"] == row["removed"] and key in r["finetuned"]]
             pruned = PruningPlan(tuple(row["removed"])).apply(copy.deepcopy(model))
-            row["finetuned"][key] = recovered(pruned, train, test, teacher, epochs, seed)
+            row["finetuned"][key] = known[0] if known else recovered(pruned, train, test, teacher, epochs, seed)
             store(title, weights, rows)
 
 

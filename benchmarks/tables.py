@@ -252,17 +252,28 @@ def criteria() -> str:
     """For every criterion and budget, what ResNet56 keeps of its Top-1."""
     rows = load("criteria-resnet56")["rows"]
     budgets = sorted({row["asked"] for row in rows})
-    head = ["criterion", *(f"{budget:.0%} of the MACs" for budget in budgets)]
-    lines = [_row([*head, "mean place", f"blocks left, {SHOWN_LEFT:.0%}"])]
-    lines.append(_row(["---", *["---:"] * len(budgets), "---:", "---"]))
-    by_name = {row["criterion"]: {r["asked"]: r for r in rows if r["criterion"] == row["criterion"]} for row in rows}
-    for name, cells in by_name.items():
-        places = [_place(cells[budget], [row for row in rows if row["asked"] == budget]) for budget in budgets]
-        recovered = [_recovery(cells[budget]) for budget in budgets]
-        left = _left_by_stage(cells[SHOWN_LEFT])
-        lines.append(_row([f"`{name}`", *recovered, f"{sum(places) / len(places):.1f}", left]))
+    by_budget = {f"{budget:.0%}": [row for row in rows if row["asked"] == budget] for budget in budgets}
     several = [row for row in rows if len(row["finetuned"]) > 1]
-    return "\n".join([*lines, *(["", _spread(several)] if several else [])])
+    return _rivals(by_budget, [f"{SHOWN_LEFT:.0%}"]) + (f"\n\n{_spread(several)}" if several else "")
+
+
+def criteria_of_others() -> str:
+    """For every criterion, what smaller networks keep under one budget."""
+    networks = {f"ResNet{depth}": load(f"criteria-resnet{depth}")["rows"] for depth in (20, 32)}
+    return _rivals(networks, list(networks))
+
+
+def _rivals(columns: dict[str, list[dict[str, Any]]], shown: list[str]) -> str:
+    """A line for every criterion: its cell in each column, its mean place, and the blocks left in those `shown`."""
+    lines = [_row(["criterion", *columns, "mean place", *(f"blocks left, {head}" for head in shown)])]
+    lines.append(_row(["---", *["---:"] * len(columns), "---:", *["---"] * len(shown)]))
+    cells = {head: {row["criterion"]: row for row in rows} for head, rows in columns.items()}
+    for name in next(iter(cells.values())):
+        places = [_place(cells[head][name], rows) for head, rows in columns.items()]
+        recovered = [_recovery(cells[head][name]) for head in columns]
+        left = [_left_by_stage(cells[head][name]) for head in shown]
+        lines.append(_row([f"`{name}`", *recovered, f"{statistics.mean(places):.1f}", *left]))
+    return "\n".join(lines)
 
 
 def _spread(rows: list[dict[str, Any]]) -> str:
@@ -334,6 +345,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "clocks": clocks,
     "speed": speed,
     "criteria": criteria,
+    "criteria-of-others": criteria_of_others,
     "scale": scale,
     "arithmetic": arithmetic,
 }

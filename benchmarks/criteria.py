@@ -26,7 +26,7 @@ from benchmarks._env import RESULTS, write_result
 from modprune import CachedTeacher, ModularityPruner, PruningPlan, evaluate, finetune, load_weights
 from modprune._memory import keep_freed_memory
 from modprune.blocks import Blocks
-from modprune.criteria import CRITERIA, BlockScores, Criterion, Modularity, ModularityDrop, Random
+from modprune.criteria import CRITERIA, BlockScores, Consensus, Criterion, Modularity, ModularityDrop, Random
 from modprune.data import ImageData, ImageLoader, cifar10
 from modprune.models import resnet20, resnet32, resnet56
 
@@ -40,6 +40,7 @@ CONTENDERS: dict[str, tuple[Criterion, int]] = {
     **{name: (make(), 1) for name, make in CRITERIA.items()},
     **{f"random, seed {seed}": (Random(seed), 1) for seed in (1, 2)},
     "modularity, N = 2,000": (Modularity(samples=2000), 1),
+    "modularity_pooled and _drop": (Consensus(("modularity_pooled", "modularity_drop")), 1),
     "modularity, 4 stages": (Modularity(), 4),
     "modularity_drop, 4 stages": (ModularityDrop(), 4),
 }

@@ -252,9 +252,9 @@ def criteria() -> str:
     """For every criterion and budget, what ResNet56 keeps of its Top-1."""
     rows = load("criteria-resnet56")["rows"]
     budgets = sorted({row["asked"] for row in rows})
-    by_budget = {f"{budget:.0%}": [row for row in rows if row["asked"] == budget] for budget in budgets}
+    by_budget = {f"{budget:.0%} of the MACs": [row for row in rows if row["asked"] == budget] for budget in budgets}
     several = [row for row in rows if len(row["finetuned"]) > 1]
-    return _rivals(by_budget, [f"{SHOWN_LEFT:.0%}"]) + (f"\n\n{_spread(several)}" if several else "")
+    return _rivals(by_budget, [f"{SHOWN_LEFT:.0%} of the MACs"]) + (f"\n\n{_spread(several)}" if several else "")
 
 
 def criteria_of_others() -> str:
@@ -264,16 +264,17 @@ def criteria_of_others() -> str:
 
 
 def _rivals(columns: dict[str, list[dict[str, Any]]], shown: list[str]) -> str:
-    """A line for every criterion: its cell in each column, its mean place, and the blocks left in those `shown`."""
-    lines = [_row(["criterion", *columns, "mean place", *(f"blocks left, {head}" for head in shown)])]
-    lines.append(_row(["---", *["---:"] * len(columns), "---:", *["---"] * len(shown)]))
-    cells = {head: {row["criterion"]: row for row in rows} for head, rows in columns.items()}
+    """A line for every criterion, best first: its cell in each column, its mean place, the blocks left in `shown`."""
+    head = [_row(["criterion", *columns, "mean place", *(f"blocks left, {column}" for column in shown)])]
+    head.append(_row(["---", *["---:"] * len(columns), "---:", *["---"] * len(shown)]))
+    lines: list[tuple[float, str]] = []
+    cells = {column: {row["criterion"]: row for row in rows} for column, rows in columns.items()}
     for name in next(iter(cells.values())):
-        places = [_place(cells[head][name], rows) for head, rows in columns.items()]
-        recovered = [_recovery(cells[head][name]) for head in columns]
-        left = [_left_by_stage(cells[head][name]) for head in shown]
-        lines.append(_row([f"`{name}`", *recovered, f"{statistics.mean(places):.1f}", *left]))
-    return "\n".join(lines)
+        place = statistics.mean(_place(cells[column][name], rows) for column, rows in columns.items())
+        recovered = [_recovery(cells[column][name]) for column in columns]
+        left = [_left_by_stage(cells[column][name]) for column in shown]
+        lines.append((place, _row([f"`{name}`", *recovered, f"{place:.1f}", *left])))
+    return "\n".join([*head, *(line for _, line in sorted(lines))])
 
 
 def _spread(rows: list[dict[str, Any]]) -> str:

@@ -290,7 +290,7 @@ def _spread(rows: list[dict[str, Any]]) -> str:
 
 def _place(row: dict[str, Any], rivals: list[dict[str, Any]]) -> float:
     """Among the fine-tuned, 1 for the best; equal ones share theirs."""
-    own, *others = (sum(r["finetuned"].values()) for r in [row, *(r for r in rivals if r is not row)])
+    own, *others = (statistics.mean(r["finetuned"].values()) for r in [row, *(r for r in rivals if r is not row)])
     return 1 + sum(other > own for other in others) + 0.5 * sum(other == own for other in others)
 
 

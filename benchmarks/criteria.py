@@ -1,6 +1,7 @@
 """Every criterion under one budget: which blocks of a CIFAR ResNet it removes, and what is left of the Top-1.
 
-    python -m benchmarks.criteria --data-dir DIR --weights FILE [--network N --removed F ... --epochs E --seeds S ...]
+    python -m benchmarks.criteria --data-dir DIR --weights FILE
+        [--network N --criterion NAME ... --removed F ... --epochs E --seeds S ...]
 
 For 30, 45, 60 and 75 % of the MACs removed, or those given: Top-1 on CIFAR-10 at once, with batch-norm statistics
 measured anew on 2,000 training images, and, if asked, after an equal fine-tuning for each seed: with the labels and
@@ -47,7 +48,13 @@ CONTENDERS: dict[str, tuple[Criterion, int]] = {
 
 
 def main(
-    network: str, data_dir: Path, weights: Path, removed: Sequence[float], epochs: int, seeds: Sequence[int]
+    network: str,
+    data_dir: Path,
+    weights: Path,
+    criterion: Sequence[str],
+    removed: Sequence[float],
+    epochs: int,
+    seeds: Sequence[int],
 ) -> None:
     """Measure what is missing in benchmarks/results/criteria-NETWORK.json."""
     keep_freed_memory()
@@ -56,14 +63,15 @@ def main(
     title = f"criteria-{network}"
     path = RESULTS / f"{title}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    for name in CONTENDERS:
+    for name in criterion:
         there = {row["asked"] for row in rows if row["criterion"] == name}
         if missing := [flops for flops in removed if flops not in there]:
             rows += cuts(model, train, test, name, missing)
             store(title, weights, rows)
     for seed in seeds if epochs else ():
         key, teacher = f"{epochs} epochs, seed {seed}", CachedTeacher(model, len(train), looks=1)
-        for row in [row for row in rows if row["asked"] in removed and key not in row["finetuned"]]:
+        asked = [row for row in rows if row["criterion"] in criterion and row["asked"] in removed]
+        for row in [row for row in asked if key not in row["finetuned"]]:
             known = [r["finetuned"][key] for r in rows if r["removed"] == row["removed"] and key in r["finetuned"]]
             pruned = PruningPlan(tuple(row["removed"])).apply(copy.deepcopy(model))
             row["finetuned"][key] = known[0] if known else recovered(pruned, train, test, teacher, epochs, seed)
@@ -137,6 +145,14 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds cifar-10-batches-py")
     parser.add_argument("--weights", type=Path, required=True, help="the public checkpoint of the network")
     parser.add_argument("--network", choices=NETWORKS, default="resnet56")
+    parser.add_argument(
+        "--criterion",
+        choices=CONTENDERS,
+        nargs="+",
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help="all, if none is given",
+    )
     parser.add_argument("--removed", type=float, nargs="+", default=REMOVED, help="fractions of the MACs")
     parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning every cut; 0 for none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the fine-tuning")

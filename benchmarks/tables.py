@@ -45,6 +45,7 @@ OURS = {
 TRIED = ("resnet56-cifar10-narrow", "resnet56-cifar10-strict", "resnet56-cifar10-quarter-longer")
 PRUNED = ("unpruned", "depth", "width", "eights")
 SHOWN_LEFT = 0.60  # the budget at which the blocks left are shown
+LONGER = 10  # epochs of the longer fine-tuning of some cuts
 STEPS = ("forward", "round_trip", "width", "pruner", "gradients", "depgraph", "compile", "export", "onnx")
 
 
@@ -253,7 +254,7 @@ def criteria() -> str:
     rows = load("criteria-resnet56")["rows"]
     budgets = sorted({row["asked"] for row in rows})
     by_budget = {f"{budget:.0%} of the MACs": [row for row in rows if row["asked"] == budget] for budget in budgets}
-    several = [row for row in rows if len(row["finetuned"]) > 1]
+    several = [row for row in rows if len(_finetuned(row)) > 1]
     return _rivals(by_budget, [f"{SHOWN_LEFT:.0%} of the MACs"]) + (f"\n\n{_spread(several)}" if several else "")
 
 
@@ -261,6 +262,16 @@ def criteria_of_others() -> str:
     """For every criterion, what smaller networks keep under one budget."""
     networks = {f"ResNet{depth}": load(f"criteria-resnet{depth}")["rows"] for depth in (20, 32)}
     return _rivals(networks, list(networks))
+
+
+def criteria_for_longer() -> str:
+    """What a short fine-tuning and a longer one make of some cuts, as they come out of the latter."""
+    rows = [row for row in load("criteria-resnet56")["rows"] if _finetuned(row, LONGER)]
+    lines = [_row(["criterion", "removed", "1 epoch", f"{LONGER} epochs"]), _row(["---", "---:", "---:", "---:"])]
+    for row in sorted(rows, key=lambda row: -statistics.mean(_finetuned(row, LONGER))):
+        top1 = (f"{statistics.mean(_finetuned(row, epochs)):.2f}" for epochs in (1, LONGER))
+        lines.append(_row([f"`{row['criterion']}`", f"{row['asked']:.0%}", *top1]))
+    return "\n".join(lines)
 
 
 def _rivals(columns: dict[str, list[dict[str, Any]]], shown: list[str]) -> str:
@@ -280,18 +291,23 @@ def _rivals(columns: dict[str, list[dict[str, Any]]], shown: list[str]) -> str:
 def _spread(rows: list[dict[str, Any]]) -> str:
     """How far the fine-tunings of one cut lie apart."""
     budgets = sorted({row["asked"] for row in rows})
-    ranges = [max(values) - min(values) for values in (row["finetuned"].values() for row in rows)]
+    ranges = [max(values) - min(values) for values in map(_finetuned, rows)]
     where = " and ".join(f"{budget:.0%}" for budget in budgets)
     return (
-        f"At {where} the third figure is the mean of {len(rows[0]['finetuned'])} seeds: those of one cut lie "
+        f"At {where} the third figure is the mean of {len(_finetuned(rows[0]))} seeds: those of one cut lie "
         f"{statistics.mean(ranges):.1f} points apart on average, {max(ranges):.1f} at the most."
     )
 
 
 def _place(row: dict[str, Any], rivals: list[dict[str, Any]]) -> float:
     """Among the fine-tuned, 1 for the best; equal ones share theirs."""
-    own, *others = (statistics.mean(r["finetuned"].values()) for r in [row, *(r for r in rivals if r is not row)])
+    own, *others = (statistics.mean(_finetuned(r)) for r in [row, *(r for r in rivals if r is not row)])
     return 1 + sum(other > own for other in others) + 0.5 * sum(other == own for other in others)
+
+
+def _finetuned(row: dict[str, Any], epochs: int = 1) -> list[float]:
+    """Top-1 after so many epochs, one for each seed."""
+    return [top1 for run, top1 in row["finetuned"].items() if run.startswith(f"{epochs} epochs")]
 
 
 def _left_by_stage(row: dict[str, Any]) -> str:
@@ -302,7 +318,7 @@ def _left_by_stage(row: dict[str, Any]) -> str:
 
 
 def _recovery(row: dict[str, Any]) -> str:
-    stages = [row["top1_at_once"], row["top1_with_new_batch_norm"], statistics.mean(row["finetuned"].values())]
+    stages = [row["top1_at_once"], row["top1_with_new_batch_norm"], statistics.mean(_finetuned(row))]
     return " → ".join(f"{top1:.1f}" for top1 in stages)
 
 
@@ -347,6 +363,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "criteria": criteria,
     "criteria-of-others": criteria_of_others,
+    "criteria-for-longer": criteria_for_longer,
     "scale": scale,
     "arithmetic": arithmetic,
 }

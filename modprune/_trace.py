@@ -79,7 +79,11 @@ def traced_kind(block: nn.Module) -> str:
 
 
 def traced_outputs(block: nn.Module) -> tuple[int, ...]:
-    """The form of what a block gives back, as `PassThrough` takes it, by torch.fx; empty if that cannot be told."""
+    """The form of what a block gives back, as `PassThrough` takes it, by torch.fx; empty if it cannot trace the block.
+
+    Raises:
+        ValueError: if the block gives back something besides that is made in it, which others may use.
+    """
     try:
         graph = next(_graphs(block))
     except ValueError:
@@ -87,6 +91,8 @@ def traced_outputs(block: nn.Module) -> tuple[int, ...]:
     value, arguments = graph.output_node().args[0], list(graph.find_nodes(op="placeholder"))
     if not isinstance(value, tuple):
         return ()
+    if any(isinstance(item, fx.Node) and item not in arguments for item in value[1:]):
+        raise ValueError("it gives back a second value that is made in it")
     return 0, *(arguments.index(item) if item in arguments else -1 for item in value[1:])
 
 

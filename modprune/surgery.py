@@ -93,7 +93,7 @@ def remove_blocks(
             raise ValueError(f"{len(values)} {what} for {len(names)} blocks: give one each, or none")
     if example_inputs is None:
         kinds = kinds or [_kind_by_trace(model, name) for name in names]
-        forms = outputs or [traced_outputs(model.get_submodule(name)) for name in names]
+        forms = outputs or [_form_by_trace(model, name) for name in names]
         swap(model, _merged([stand_ins(model, *block) for block in zip(names, kinds, forms, strict=True)]))
         return model
     blocks = _choose(model, names, kinds, example_inputs)
@@ -312,6 +312,13 @@ def _kind_by_trace(model: nn.Module, name: str) -> str:
     if kind == "plain" and _has_shortcut(model, name):
         raise ValueError(f"{name}: cannot be removed: it is a part of a block with a shortcut; give that one's name")
     return kind
+
+
+def _form_by_trace(model: nn.Module, name: str) -> tuple[int, ...]:
+    try:
+        return traced_outputs(model.get_submodule(name))
+    except ValueError as error:
+        raise ValueError(f"{name}: cannot be removed: {error}; give example_inputs, which tell what it is for") from None
 
 
 def _has_shortcut(model: nn.Module, name: str) -> bool:

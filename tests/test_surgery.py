@@ -255,6 +255,23 @@ def test_blocks_that_give_tuples(example):
     assert torch.equal(model(X[0, 0, :, :4]), model.stem(X[0, 0, :, :4]))
 
 
+class Gates(Tuples):
+    """Its second value is made in it."""
+
+    def forward(self, x, mask=None):
+        return x + self.f(x), self.f(x)
+
+
+def test_whether_a_second_value_is_used_is_not_guessed():
+    model = Decoder()
+    model.blocks = nn.ModuleList([Gates()])
+    with pytest.raises(ValueError, match=r"^blocks.0: cannot be removed: .* made in it; give example_inputs"):
+        remove_blocks(model, ["blocks.0"])
+    assert isinstance(model.blocks[0], Gates)
+    remove_blocks(model, ["blocks.0"], example_inputs=X[0, 0, :, :4])
+    assert model.blocks[0](X)[1] is None
+
+
 def test_form_of_the_weights_and_modes_stay():
     model = torchvision.models.resnet18().to(memory_format=torch.channels_last, dtype=torch.float64).train()
     model.layer2[0].downsample[1].eval()

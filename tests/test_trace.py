@@ -65,8 +65,10 @@ def test_the_kind_is_read_off_the_block_alone(join, kind):
 
 
 def test_the_form_is_read_off_the_block_alone():
-    assert traced_outputs(Post(lambda m, x, f: (x + f, f, x))) == (0, -1, 0)
+    assert traced_outputs(Post(lambda m, x, f: (x + f, None, x))) == (0, -1, 0)
     assert traced_outputs(Post(lambda m, x, f: x + f)) == ()
+    with pytest.raises(ValueError, match="a second value that is made in it"):
+        traced_outputs(Post(lambda m, x, f: (x + f, f)))
 
 
 def test_what_cannot_be_traced_says_what_to_give():

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -27,7 +28,16 @@ from benchmarks._env import RESULTS, write_result
 from modprune import CachedTeacher, ModularityPruner, PruningPlan, evaluate, finetune, load_weights
 from modprune._memory import keep_freed_memory
 from modprune.blocks import Blocks
-from modprune.criteria import CRITERIA, BlockScores, Consensus, Criterion, Modularity, ModularityDrop, Random
+from modprune.criteria import (
+    CRITERIA,
+    BlockScores,
+    Consensus,
+    Criterion,
+    Modularity,
+    ModularityDrop,
+    ModularityPooled,
+    Random,
+)
 from modprune.data import ImageData, ImageLoader, cifar10
 from modprune.models import resnet20, resnet32, resnet56
 
@@ -36,11 +46,22 @@ REMOVED = (0.30, 0.45, 0.60, 0.75)
 SEED, CALIBRATION, RECALIBRATION = 0, 10_000, 2_000
 LR, WARMUP = 0.05, 0.1  # of the fine-tuning: peak rate, and the part of the epochs in which it rises
 EXAMPLE = torch.zeros(1, 3, 32, 32)
+CHANCE = 0.01  # about what Q of 500 samples without classes scatters by
+
+
+def ratios(model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+    """By what factor Q of pooled features grows across each block, as a logarithm."""
+    curve = ModularityPooled()(model, blocks, loader).curve
+    assert curve is not None
+    return BlockScores(blocks.names, np.diff(np.log(np.maximum(curve.q, CHANCE)), axis=1), curve)
+
+
 # By name: what scores the blocks, and in how many stages, the network measured anew before each.
 CONTENDERS: dict[str, tuple[Criterion, int]] = {
     **{name: (make(), 1) for name, make in CRITERIA.items()},
     **{f"random, seed {seed}": (Random(seed), 1) for seed in (1, 2)},
     "modularity, N = 2,000": (Modularity(samples=2000), 1),
+    "modularity_pooled, ratios": (ratios, 1),
     "modularity_pooled and _drop": (Consensus(("modularity_pooled", "modularity_drop")), 1),
     "modularity, 4 stages": (Modularity(), 4),
     "modularity_drop, 4 stages": (ModularityDrop(), 4),

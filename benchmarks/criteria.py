@@ -19,7 +19,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -46,14 +45,13 @@ REMOVED = (0.30, 0.45, 0.60, 0.75)
 SEED, CALIBRATION, RECALIBRATION = 0, 10_000, 2_000
 LR, WARMUP = 0.05, 0.1  # of the fine-tuning: peak rate, and the part of the epochs in which it rises
 EXAMPLE = torch.zeros(1, 3, 32, 32)
-CHANCE = 0.01  # about what Q of 500 samples without classes scatters by
 
 
-def ratios(model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
-    """By what factor Q of pooled features grows across each block, as a logarithm."""
+def gains(model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+    """What Q of pooled features gains across each block, where `modularity_pooled` takes the factor."""
     curve = ModularityPooled()(model, blocks, loader).curve
     assert curve is not None
-    return BlockScores(blocks.names, np.diff(np.log(np.maximum(curve.q, CHANCE)), axis=1), curve)
+    return BlockScores(blocks.names, curve.gain, curve)
 
 
 # By name: what scores the blocks, and in how many stages, the network measured anew before each.
@@ -61,8 +59,8 @@ CONTENDERS: dict[str, tuple[Criterion, int]] = {
     **{name: (make(), 1) for name, make in CRITERIA.items()},
     **{f"random, seed {seed}": (Random(seed), 1) for seed in (1, 2)},
     "modularity, N = 2,000": (Modularity(samples=2000), 1),
-    "modularity_pooled, ratios": (ratios, 1),
-    "modularity_pooled and _drop": (Consensus(("modularity_pooled", "modularity_drop")), 1),
+    "modularity_pooled, gains": (gains, 1),
+    "modularity_pooled, gains, and _drop": (Consensus((gains, "modularity_drop")), 1),
     "modularity, 4 stages": (Modularity(), 4),
     "modularity_drop, 4 stages": (ModularityDrop(), 4),
 }

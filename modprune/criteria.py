@@ -27,6 +27,7 @@ from modprune.evaluate import evaluate, logits_and_labels
 from modprune.features import GIB, LayerGrams, drawn, labels_of, pairs, pooled
 from modprune.graph import modularity
 
+CHANCE = 0.01  # about what Q of 500 samples scatters by where features know nothing of the classes
 T = TypeVar("T")
 
 
@@ -96,9 +97,10 @@ class ModularityDrop:
 
 @dataclass(frozen=True)
 class ModularityPooled:
-    """As `Modularity`, of globally pooled features: the gain in what a classifier on top of the block could use.
+    """By what factor Q of globally pooled features grows across the block, as a logarithm.
 
-    Where in the image a feature lies no longer makes two samples alike. Ours: the Q of Lu et al. (ECCV 2022) on the
+    Where in the image a feature lies no longer makes two samples alike. Q of such features grows by factors: gains
+    would rank blocks by their depth. Q counts as `CHANCE` at least. Ours: the Q of Lu et al. (ECCV 2022) on the
     features of `LinearProbe`.
     """
 
@@ -109,7 +111,8 @@ class ModularityPooled:
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(repeats, blocks): each repeat from samples of its own."""
         stem, q = _at_points(model, blocks, loader, self.samples, self.repeats, self._q)
-        return BlockScores(blocks.names, np.diff(q, axis=1), ModularityCurve((stem, *blocks.names), q))
+        growth = np.diff(np.log(np.maximum(q, CHANCE)), axis=1)
+        return BlockScores(blocks.names, growth, ModularityCurve((stem, *blocks.names), q))
 
     def _q(self, features: np.ndarray, labels: np.ndarray) -> float:
         classes = torch.from_numpy(labels)

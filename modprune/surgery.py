@@ -318,7 +318,9 @@ def _form_by_trace(model: nn.Module, name: str) -> tuple[int, ...]:
     try:
         return traced_outputs(model.get_submodule(name))
     except ValueError as error:
-        raise ValueError(f"{name}: cannot be removed: {error}; give example_inputs, which tell what it is for") from None
+        raise ValueError(
+            f"{name}: cannot be removed: {error}; give example_inputs, which tell what it is for"
+        ) from None
 
 
 def _has_shortcut(model: nn.Module, name: str) -> bool:

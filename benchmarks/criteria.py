@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -51,7 +52,7 @@ def gains(model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScore
     """What Q of pooled features gains across each block, where `modularity_pooled` takes the factor."""
     curve = ModularityPooled()(model, blocks, loader).curve
     assert curve is not None
-    return BlockScores(blocks.names, curve.gain, curve)
+    return BlockScores(blocks.names, np.diff(curve.q, axis=1), curve)
 
 
 # By name: what scores the blocks, and in how many stages, the network measured anew before each.

@@ -45,6 +45,14 @@ class BlockScores:
     values: np.ndarray
     curve: ModularityCurve | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError if the values are of another shape."""
+        if np.ndim(self.values) != 2 or np.shape(self.values)[1] != len(self.names):
+            raise ValueError(
+                f"the values of {len(self.names)} blocks have shape {np.shape(self.values)}: "
+                f"give (repeats, {len(self.names)})"
+            )
+
     @property
     def mean(self) -> dict[str, float]:
         """Mean score over the repeats by name."""

@@ -428,3 +428,9 @@ def test_a_criterion_that_leaves_a_block_out_is_named():
         Consensus(("random", half))(model, blocks, LABELLED)
     with pytest.raises(ValueError, match="repeats=0: at least 1 is needed"):
         Ablation(repeats=0)(model, blocks, LABELLED)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2, 1), (1, 3)])
+def test_scores_of_another_shape_than_repeats_by_blocks_are_refused(shape):
+    with pytest.raises(ValueError, match=r"2 blocks have shape .*: give \(repeats, 2\)"):
+        BlockScores(("a", "b"), np.zeros(shape))

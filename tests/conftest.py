@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+
+from modprune import report
+from modprune.cost import latency
 
 SHARED = Path(os.environ.get("MODPRUNE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -17,6 +21,12 @@ def precision_left_open() -> Iterator[None]:
     """A Trainer's Accelerator settles the precision of all later ones in its process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def short_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report looks at the clock for a tenth of a second: no test asks for more decimals."""
+    monkeypatch.setattr(report, "latency", partial(latency, seconds=0.1))
 
 
 @pytest.fixture(scope="session")

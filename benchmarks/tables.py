@@ -290,12 +290,12 @@ def _rivals(columns: dict[str, list[dict[str, Any]]], shown: list[str]) -> str:
 
 def _spread(rows: list[dict[str, Any]]) -> str:
     """How far the fine-tunings of one cut lie apart."""
-    budgets = sorted({row["asked"] for row in rows})
+    seeds = {row["asked"]: len(_finetuned(row)) for row in rows}
+    means = " and ".join(f"of {seeds[budget]} seeds at {budget:.0%}" for budget in sorted(seeds))
     ranges = [max(values) - min(values) for values in map(_finetuned, rows)]
-    where = " and ".join(f"{budget:.0%}" for budget in budgets)
     return (
-        f"At {where} the third figure is the mean of {len(_finetuned(rows[0]))} seeds: those of one cut lie "
-        f"{statistics.mean(ranges):.1f} points apart on average, {max(ranges):.1f} at the most."
+        f"The third figure is the mean {means}: those of one cut lie {statistics.mean(ranges):.1f} points apart on "
+        f"average, {max(ranges):.1f} at the most."
     )
 
 

@@ -9,12 +9,13 @@ unexport PYTHONDONTWRITEBYTECODE
 
 install: .venv/installed
 
-# uv where it is to be had (a quarter of the time), pip where not.
+# uv where it is to be had (a quarter of the time), pip where not. Both compile what they install: in a shell that writes
+# no bytecode, every command would spend over ten seconds on that.
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("modprune needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet uv || true
-	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '.[dev]' \
+	$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[dev]' \
 		|| $(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 

@@ -136,12 +136,12 @@ class Call:
 
 
 def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[dict[str, Call], Any]:
-    """Calls of all sub-modules that hold others, in the order in which they began, and the model's output.
+    """Calls of all sub-modules but torch's own layers, in the order in which they began, and the model's output.
 
     Args:
         model: traceable.
         inputs: example inputs on its device.
-        leaves: also calls of sub-modules that hold no others, which takes longer.
+        leaves: also calls of torch's own layers, which takes longer.
 
     Raises:
         RuntimeError: if the model cannot run on `inputs`; one line.
@@ -159,7 +159,7 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
         if name in calls:
             calls[name].times = times[name]
         elif x is not None and start is not None:
-            if _is_composite(module) and start not in values:
+            if is_composite(module) and start not in values:
                 with torch.no_grad():
                     values[start] = x.clone()
             seen = values[start] if start in values else x.detach()
@@ -178,7 +178,8 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
     hooks: list[Any] = []
     try:
         for name, module in model.named_modules():
-            if name and (leaves or _is_composite(module)) and any(True for _ in module.parameters()):
+            looked_at = leaves or is_composite(module) or not type(module).__module__.startswith("torch.nn.")
+            if name and looked_at and any(True for _ in module.parameters()):
                 if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                     continue
                 pre = lambda m, args, kwargs, name=name: before(name, m, args, kwargs)  # noqa: E731
@@ -193,7 +194,8 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
             hook.remove()
 
 
-def _is_composite(module: nn.Module) -> bool:
+def is_composite(module: nn.Module) -> bool:
+    """Whether a module holds others."""
     return bool(module._modules)
 
 
@@ -291,7 +293,7 @@ def _is_parameter(node: Any) -> bool:
     return isinstance(getattr(node, "variable", None), nn.Parameter)
 
 
-def identity_path(end: Edge, start: Edge, without: Collection[Any] = ()) -> str:
+def identity_path(end: Edge, start: Edge, norms: Mapping[Edge, Edge], without: Collection[Any] = ()) -> str:
     """What is added to `start` on a path to `end` of sums, activations and changes of layout alone.
 
     A norm may follow a sum (post-norm, as in BERT), but not stand before the first one: that would be `norm(x) + f`.
@@ -299,6 +301,7 @@ def identity_path(end: Edge, start: Edge, without: Collection[Any] = ()) -> str:
     Args:
         end: the value to start from.
         start: the value to arrive at.
+        norms: from what comes out of norms that autograd does not know as such to what goes in.
         without: autograd nodes of sums that do not count.
 
     Returns:
@@ -311,6 +314,8 @@ def identity_path(end: Edge, start: Edge, without: Collection[Any] = ()) -> str:
         if here == start and not normed:
             best = max(best, added)
         silent = SUMS + ACTIVATIONS + LAYOUT + NORMS
+        if step not in seen and here in norms:
+            stack.append((norms[here], added, True))
         if step in seen or here[0] in (None, start[0]) or not is_any(here[0], silent):
             continue
         seen.add(step)

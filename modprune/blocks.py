@@ -8,24 +8,23 @@ a list for each network.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import nn
 
 from modprune._autograd import (
     ACTIVATIONS,
     SUMS,
     Call,
+    Edge,
     between,
     differentiable_tensors,
     edge,
     identity_path,
     is_any,
+    is_composite,
     last_sum,
     operands,
     parameters,
@@ -33,7 +32,8 @@ from modprune._autograd import (
     traceable,
     users,
 )
-from modprune._inputs import device_of, first_tensor, to_device
+from modprune._inputs import device_of, to_device
+from modprune._probe import is_norm, without_parameters
 from modprune._trace import shortcut_parameters
 from modprune.bypass import activation_after, norm_after
 from modprune.cost import counted_macs
@@ -126,15 +126,11 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         places = _places(model.modules())
         blocks = []
         for name, (kind, stays) in found.items():
-            exact = False
-            if kind == "identity":
-                x = _few_values(calls[name].x)
-                rest = _with_zeros(calls[name], x)
-                if rest is not None and _is_reordered(rest, x):
-                    refused[name] = "it gives its input back in another order"
-                    continue
-                exact = rest is not None and torch.equal(rest, x)
-            blocks.append(_describe(model, calls[name], kind, stays, exact, places, macs))
+            rest = without_parameters(calls[name]) if kind == "identity" else ""
+            if rest == "reordered":
+                refused[name] = "it gives its input back in another order"
+                continue
+            blocks.append(_describe(model, calls[name], kind, stays, rest == "same", places, macs))
     return Blocks(blocks, refused)
 
 
@@ -169,8 +165,9 @@ def _residual(
     found: _Found = {}
     refused: dict[str, str] = {}
     kinds: dict[str, str] = {}
+    norms = {seen.end: seen.start for seen in calls.values() if seen.end is not None and is_norm(seen)}
     for name in sorted(calls, key=lambda name: name.count("."), reverse=True):
-        seen, kind = calls[name], _kind(calls[name])
+        seen, kind = calls[name], _kind(calls[name], norms)
         if not kind:
             continue
         kinds[name] = kind
@@ -178,7 +175,7 @@ def _residual(
         inner = [other for other in (*found, *refused) if calls[other].module in inside]
         # On the path of an identity there are no transitions: those inside it are parts of its branch.
         rivals = [calls[other] for other in inner if kind != "identity" or kinds[other] == "identity"]
-        if not _is_more_than(seen, kind, [call for call in rivals if not _is_sum_of(call, seen)]):
+        if not _is_more_than(seen, kind, [call for call in rivals if not _is_sum_of(call, seen)], norms):
             continue
         try:
             if reason := _obstacle(seen, uses, held):
@@ -204,7 +201,7 @@ def _checkpointed(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> dict[str
     }
 
 
-def _is_more_than(outer: Call, kind: str, inner: Sequence[Call]) -> bool:
+def _is_more_than(outer: Call, kind: str, inner: Sequence[Call], norms: Mapping[Edge, Edge]) -> bool:
     """Whether a block with blocks in it is one of its own: it adds something itself, and a quarter of its parameters.
 
     A stage adds nothing to its blocks. A layer of BERT adds an MLP to its attention, the one block in it.
@@ -219,7 +216,7 @@ def _is_more_than(outer: Call, kind: str, inner: Sequence[Call]) -> bool:
     if kind == "transition":
         adds = last_sum(outer.end[0]) not in inside
     else:
-        adds = identity_path(outer.end, outer.start, without=inside) == "branch"
+        adds = identity_path(outer.end, outer.start, norms, without=inside) == "branch"
     return adds and 3 * sum(outer.own.values()) >= 4 * sum(size for call in inner for size in call.own.values())
 
 
@@ -228,11 +225,11 @@ def _is_sum_of(inner: Call, outer: Call) -> bool:
     return inner.start == outer.start and inner.end == outer.end and _is_fed(inner)
 
 
-def _kind(seen: Call) -> str:
+def _kind(seen: Call, norms: Mapping[Edge, Edge]) -> str:
     """What kind of block a call looks like by its autograd graph; empty if it is no residual block."""
-    if seen.end is None or seen.end[0] is seen.start[0]:
+    if seen.end is None or seen.end[0] is seen.start[0] or not is_composite(seen.module):
         return ""
-    path = identity_path(seen.end, seen.start) if seen.shape == seen.x.shape else ""
+    path = identity_path(seen.end, seen.start, norms) if seen.shape == seen.x.shape else ""
     if path == "branch" or (path == "other" and _is_fed(seen)):
         return "identity"
     total = last_sum(seen.end[0])
@@ -355,54 +352,3 @@ def _alone(inside: dict[str, nn.Module], roots: Sequence[str], places: Counter[i
 def _places(modules: Iterable[nn.Module]) -> Counter[int]:
     """In how many places these modules hold each module and parameter, by id."""
     return Counter(id(held) for module in modules for held in (*module._modules.values(), *module._parameters.values()))
-
-
-def _few_values(x: Tensor) -> Tensor:
-    """A tensor such as `x`, with its signs, of the magnitudes 1 and 2 in an order that no change of order keeps."""
-    if x.is_complex():
-        return torch.view_as_complex(_few_values(torch.view_as_real(x.resolve_conj())))
-    size = 1 + torch.randint(2, x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    return torch.where(x < 0, -size, size)
-
-
-def _with_zeros(seen: Call, x: Tensor) -> Tensor | None:
-    """What the block makes of `x` with all its parameters zero: `x`, bit for bit, if the shortcut is the identity."""
-    args, kwargs = _replace_first(seen.args, seen.kwargs, x.clone())
-    try:
-        with torch.no_grad(), zeroed(seen.module):
-            return first_tensor(seen.module(*args, **kwargs))
-    except Exception:  # a cache among the arguments has grown since, and does not fit a second time
-        return None
-
-
-def _is_reordered(y: Tensor, x: Tensor) -> bool:
-    """Whether one holds the values of the other, or one value for each of them as activations give, in another order.
-
-    A norm gives more values than there were, since what it does to one depends on others.
-    """
-    if y.shape != x.shape or torch.equal(y, x):
-        return False
-    x, y = (torch.view_as_real(z.resolve_conj()) if z.is_complex() else z for z in (x, y))
-    places = [at for value in (-2, -1, 1, 2) if (at := x == value).any()]
-    return len(y.unique()) <= len(places) and any(len(y[at].unique()) > 1 for at in places)
-
-
-@contextmanager
-def zeroed(module: nn.Module) -> Iterator[None]:
-    """Zeros in the place of a module's parameters; quicker than `torch.func.functional_call`, which looks for ties."""
-    places = [(inner, name) for inner in module.modules() for name, p in inner._parameters.items() if p is not None]
-    originals = [inner._parameters[name] for inner, name in places]
-    try:
-        for (inner, name), parameter in zip(places, originals, strict=True):
-            inner._parameters[name] = torch.zeros_like(parameter)  # type: ignore[assignment, arg-type]
-        yield
-    finally:
-        for (inner, name), parameter in zip(places, originals, strict=True):
-            inner._parameters[name] = parameter
-
-
-def _replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Any:
-    """The arguments with the tensor that comes first, in whatever container, replaced by `x`."""
-    leaves, form = tree_flatten((args, kwargs))
-    first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    return tree_unflatten([*leaves[:first], x, *leaves[first + 1 :]], form)

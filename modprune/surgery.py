@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from modprune._autograd import first_line, traceable
 from modprune._depgraph import dependency_graph
 from modprune._inputs import batch_size, call, device_of, evaluating, first_tensor, opened, to_device
+from modprune._probe import filled
 from modprune._random import is_untouched, random_state
 from modprune._trace import MARK, traced_kind, traced_outputs
-from modprune.blocks import Block, check_bare, find_blocks, zeroed
+from modprune.blocks import Block, check_bare, find_blocks
 from modprune.bypass import PassThrough, norm_after, stand_ins, swap
 from modprune.cost import count_params
 from modprune.plan import PruningPlan
@@ -175,7 +176,7 @@ def _skipped(
     with ExitStack() as stack:
         stack.callback(swap, model, swap(model, others))
         for name in going:
-            stack.enter_context(zeroed(model.get_submodule(name)))
+            stack.enter_context(filled(model.get_submodule(name), 0))
         with torch.no_grad(), evaluating(model):
             dice = random_state(None)
             try:

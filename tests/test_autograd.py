@@ -66,7 +66,7 @@ def test_buffers_and_random_numbers_come_back():
 def test_paths_and_sums(function, path, sums):
     x, w = torch.randn(2, 2, requires_grad=True).clone(), nn.Parameter(torch.randn(2, 2))
     y = function(x, w)
-    assert identity_path(edge(y), edge(x)) == path
+    assert identity_path(edge(y), edge(x), {}) == path
     total = last_sum(y.grad_fn)
     assert (0 if total is None else len(operands(total))) == sums
 
@@ -74,8 +74,8 @@ def test_paths_and_sums(function, path, sums):
 def test_the_other_half_of_a_split_is_another_value():
     x, other = torch.randn(2, 4, requires_grad=True).clone().chunk(2, dim=1)
     w = nn.Parameter(torch.randn(2, 2))
-    assert identity_path(edge(other + w * x), edge(x)) == ""
-    assert identity_path(edge(x + w * x), edge(x)) == "branch"
+    assert identity_path(edge(other + w * x), edge(x), {}) == ""
+    assert identity_path(edge(x + w * x), edge(x), {}) == "branch"
 
 
 def test_calls_are_counted_and_keep_what_went_in():
@@ -108,7 +108,7 @@ def test_a_sum_in_place_into_a_view_is_seen_and_done():
         calls, output = record_calls(model, x)
     seen = calls["1"]
     assert find_blocks(model, x).names == ("1",)
-    assert identity_path(seen.end, seen.start) == "branch"
+    assert identity_path(seen.end, seen.start, {}) == "branch"
     assert torch.equal(output, model(x))
 
 

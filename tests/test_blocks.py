@@ -129,6 +129,48 @@ def test_refusals_say_why(model, reason):
     assert reason in blocks.refused["block"]
 
 
+class ByHand(nn.Module):
+    """A norm of one's own, of which autograd sees means and roots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return self.weight * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6) + self.bias
+
+
+class Scaled(ByHand):
+    def forward(self, x):
+        return self.weight * x + self.bias
+
+
+class Turned(nn.Module):
+    """The same for an input twice as large, and no norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x):
+        return F.linear(F.normalize(x, dim=-1), self.weight)
+
+
+@pytest.mark.parametrize(("layer", "kinds"), [(ByHand, {"identity"}), (Scaled, set()), (Turned, set())])
+def test_a_norm_of_ones_own_may_follow_the_sum(layer, kinds):
+    class Post(Residual):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 4))
+            self.last = layer()
+
+        def forward(self, x):
+            return self.last(super().forward(x))
+
+    blocks = find_blocks(nn.Sequential(nn.Linear(4, 4), Post(), Post()), torch.randn(3, 4))
+    assert {block.kind for block in blocks} == kinds
+    assert not any(block.exact for block in blocks)
+
+
 def test_a_body_without_shortcut_is_no_block():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4))
     assert find_blocks(model, torch.randn(2, 4)) == ()

@@ -1,6 +1,6 @@
 """ImageNet: prune a pretrained torchvision or timm network by modularity, fine-tune it with the original as teacher.
 
-For networks that take 224 x 224 images with the mean and spread of ImageNet; those of others are constants below.
+Images come in the size, mean and spread that the network was published with; those of a network of yours are below.
 
     accelerate launch recipes/imagenet.py --model torchvision:resnet50 --data-dir imagenet --flops 0.3 --out runs/r50
 
@@ -22,7 +22,8 @@ from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
+from torchvision.models import get_model, get_model_weights
+from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import modprune
@@ -33,10 +34,8 @@ from modprune.recipe import warmup_cosine
 from modprune.signals import put_off
 from modprune.specs import build_model
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-TRAIN = v2.Compose([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip(), *TO_TENSOR])
-TEST = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), *TO_TENSOR])
+SIZE, RESIZE = 224, 256  # of images that are trained on, and of the short side before the middle of it is tested on
+MEAN, STD, INTERPOLATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear"
 MOMENTUM, WEIGHT_DECAY, SMOOTHING = 0.9, 1e-4, 0.1  # of torchvision's reference for ResNets
 DISTILL, TEMPERATURE = 0.5, 1.0
 MAY_DIFFER = ("data_dir", "workers", "epochs", "out", "resume")  # of the arguments of a run and its resumption
@@ -82,9 +81,25 @@ def pretrained(spec: str, weights: str) -> torch.nn.Module:
         import timm
 
         return timm.create_model(name, pretrained=True)
-    from torchvision.models import get_model
-
     return get_model(name, weights="DEFAULT")
+
+
+def transforms(spec: str, model: torch.nn.Module) -> tuple[int, v2.Compose, v2.Compose]:
+    """The size of a network's images, and what makes them for training and for testing."""
+    source, _, name = spec.partition(":")
+    size, resize, mean, std, mode = SIZE, RESIZE, MEAN, STD, INTERPOLATION
+    if source == "torchvision":
+        published = get_model_weights(name)["DEFAULT"].transforms()
+        size, resize, mode = published.crop_size[0], published.resize_size[0], published.interpolation.value
+        mean, std = published.mean, published.std
+    if source == "timm":
+        published = model.pretrained_cfg
+        size, mode = published["input_size"][-1], published["interpolation"]
+        resize, mean, std = round(size / published["crop_pct"]), published["mean"], published["std"]
+    how = {"interpolation": InterpolationMode(mode), "antialias": True}
+    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    train = v2.Compose([v2.RandomResizedCrop(size, **how), v2.RandomHorizontalFlip(), *tensor])
+    return size, train, v2.Compose([v2.Resize(resize, **how), v2.CenterCrop(size), *tensor])
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -99,14 +114,15 @@ def main(arguments: argparse.Namespace) -> None:
         mixed_precision=precision, gradient_accumulation_steps=arguments.accumulate, dataloader_config=order
     )
     teacher = pretrained(arguments.model, arguments.weights).to(accelerator.device).eval()
-    train = Images(arguments.data_dir / "train", TRAIN)
-    plain, test = Images(arguments.data_dir / "train", TEST), Images(arguments.data_dir / "val", TEST)
+    size, augmented, as_is = transforms(arguments.model, teacher)
+    train = Images(arguments.data_dir / "train", augmented)
+    plain, test = Images(arguments.data_dir / "train", as_is), Images(arguments.data_dir / "val", as_is)
     options = {"batch_size": arguments.batch_size, "num_workers": arguments.workers, "collate_fn": together}
     seeded = torch.Generator().manual_seed(arguments.seed)
     calibration = DataLoader(plain, shuffle=True, generator=seeded, **options)
     train_loader = accelerator.prepare(DataLoader(train, shuffle=True, drop_last=True, **options))
     test_loader = DataLoader(test, **options)
-    example = torch.zeros(1, 3, 224, 224, device=accelerator.device)
+    example = torch.zeros(1, 3, size, size, device=accelerator.device)
     if not len(train_loader):
         raise ValueError(
             f"{len(train)} images for --batch-size {arguments.batch_size} in {accelerator.num_processes} processes: "

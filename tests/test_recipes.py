@@ -99,6 +99,27 @@ def image_folder(root: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
 
 
+@pytest.mark.parametrize(
+    ("spec", "size", "gray"),  # gray: what becomes of a pixel of 0.5, hand-computed from the published mean and spread
+    [
+        ("torchvision:resnet18", 224, (0.5 - 0.485) / 0.229),
+        ("torchvision:efficientnet_b3", 300, (0.5 - 0.485) / 0.229),
+        ("timm:vit_tiny_patch16_224", 224, 0.0),
+        ("timm:test_resnet", 160, 0.0),
+        ("mine.py:network", 224, (0.5 - 0.485) / 0.229),
+    ],
+)
+def test_imagenet_gives_images_as_the_network_was_published_with(spec, size, gray):
+    source, _, name = spec.partition(":")
+    model = timm.create_model(name) if source == "timm" else None
+    given, *transforms = recipe("imagenet").transforms(spec, model)
+    assert given == size
+    for transform in transforms:
+        image = transform(Image.new("RGB", (400, 350), (127, 128, 128)))
+        assert image.shape == (3, size, size)
+        assert image[0].mean().item() == pytest.approx(gray, abs=0.02)
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch's loader, about pinned memory
 def test_imagenet(tmp_path, capsys, monkeypatch):
     image_folder(tmp_path / "data")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from modprune._autograd import Call, is_composite
+from modprune._autograd import NORMS, Call, between, is_any, is_composite
 from modprune._inputs import first_tensor
 
 
@@ -21,10 +21,12 @@ def without_parameters(seen: Call) -> str:
     return "other" if y is None else "same" if torch.equal(y, x) else "reordered" if _is_reordered(y, x) else "other"
 
 
-def is_norm(seen: Call) -> bool:
-    """Whether a layer, whoever wrote it, has scales at most and gives the same for an input twice as large."""
+def is_own_norm(seen: Call) -> bool:
+    """Whether a layer is a norm that autograd does not know: it has scales alone, and gives the same for `2 * x`."""
+    if seen.end is None or is_composite(seen.module) or seen.shape != seen.x.shape:
+        return False
     scales = all(parameter.squeeze().ndim < 2 for parameter in seen.module.parameters())
-    if is_composite(seen.module) or not scales or seen.shape != seen.x.shape:
+    if not scales or any(is_any(node, NORMS) for node in between(seen.end[0], seen.start)):
         return False
     x = _few_values(seen.x)
     once, twice = (_output(seen, size * x, 1) for size in (1, 2))

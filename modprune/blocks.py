@@ -33,7 +33,7 @@ from modprune._autograd import (
     users,
 )
 from modprune._inputs import device_of, to_device
-from modprune._probe import is_norm, without_parameters
+from modprune._probe import is_own_norm, without_parameters
 from modprune._trace import shortcut_parameters
 from modprune.bypass import activation_after, norm_after
 from modprune.cost import counted_macs
@@ -165,7 +165,7 @@ def _residual(
     found: _Found = {}
     refused: dict[str, str] = {}
     kinds: dict[str, str] = {}
-    norms = {seen.end: seen.start for seen in calls.values() if seen.end is not None and is_norm(seen)}
+    norms = {seen.end: seen.start for seen in calls.values() if seen.end and is_own_norm(seen)}
     for name in sorted(calls, key=lambda name: name.count("."), reverse=True):
         seen, kind = calls[name], _kind(calls[name], norms)
         if not kind:

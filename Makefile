@@ -34,7 +34,7 @@ types: install
 
 docs: install
 	$(BIN)/python -m benchmarks.tables
-	$(BIN)/python -m benchmarks.pareto
+	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.paper
 	$(BIN)/python -m benchmarks.api
 

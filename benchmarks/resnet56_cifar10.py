@@ -65,7 +65,6 @@ def main(data_dir: Path, weights: Path, out: Path, epochs: int, now: bool) -> No
         "curve": json.loads((out / "curve.json").read_text()),
     }
     shutil.copyfile(out / "model.safetensors", RESULTS / "resnet56-cifar10-first.safetensors")
-    shutil.copyfile(out / "curve.png", RESULTS / "resnet56-cifar10-curve.png")
     plan.to_json(RESULTS / "resnet56-cifar10-plan.json")
     print(write_result("resnet56-cifar10-first", result))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modprune._inputs import arguments, call, evaluating, first_tensor, like, opened
+from modprune._inputs import arguments, call, evaluating, first_tensor, map_values, opened
 
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
 SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
@@ -175,23 +175,20 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
             seen.others = tuple(e for item in differentiable_tensors(apart) if item is not y and (e := edge(item)))
             seen.shape, seen.form = y.shape, "" if isinstance(out, (Tensor, tuple)) else type(out).__name__
 
-    hooks: list[Any] = []
     try:
-        for name, module in model.named_modules():
-            looked_at = leaves or is_composite(module) or not type(module).__module__.startswith("torch.nn.")
-            if name and looked_at and any(True for _ in module.parameters()):
-                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
-                    continue
-                pre = lambda m, args, kwargs, name=name: before(name, m, args, kwargs)  # noqa: E731
-                hooks.append(module.register_forward_pre_hook(pre, with_kwargs=True))
-                hooks.append(module.register_forward_hook(lambda m, args, out, name=name: after(name, out)))
-        with _SumsOutOfPlace():
-            return calls, call(model, _differentiable(inputs))
+        with ExitStack() as hooks, _SumsOutOfPlace():
+            for name, module in model.named_modules():
+                looked_at = leaves or is_composite(module) or not type(module).__module__.startswith("torch.nn.")
+                if name and looked_at and any(True for _ in module.parameters()):
+                    if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                        continue
+                    pre = lambda m, args, kwargs, name=name: before(name, m, args, kwargs)  # noqa: E731
+                    hooks.enter_context(module.register_forward_pre_hook(pre, with_kwargs=True))
+                    post = lambda m, args, out, name=name: after(name, out)  # noqa: E731
+                    hooks.enter_context(module.register_forward_hook(post))
+            return calls, call(model, map_values(_differentiable, inputs))
     except Exception as error:
         raise RuntimeError(f"{type(model).__name__} does not run on the example inputs: {first_line(error)}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def is_composite(module: nn.Module) -> bool:
@@ -256,13 +253,9 @@ def _unseen(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _differentiable(value: Any) -> Any:
-    """`value` with gradients for every floating-point tensor in it, so that blocks right at the input are seen too."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_().clone() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _differentiable(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return like(value, [_differentiable(item) for item in value])
+    """A floating-point tensor with gradients, so that blocks right at the input are seen too; others as they are."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().clone().requires_grad_().clone()
     return value
 
 

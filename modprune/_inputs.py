@@ -25,7 +25,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
     On copies: a model may write into what it is given, and the same samples go into it again.
     """
-    inputs = _map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
+    inputs = map_values(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):
@@ -52,7 +52,7 @@ def arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
 def to_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor inside it on `device`; a mapping becomes a dict, other containers keep their type."""
     # A copy to the CPU that does not block may be read before it is there.
-    return _map(lambda v: v.to(device, non_blocking=device.type == "cuda") if isinstance(v, Tensor) else v, value)
+    return map_values(lambda v: v.to(device, non_blocking=device.type == "cuda") if isinstance(v, Tensor) else v, value)
 
 
 def laid_out(value: Any, layout: torch.memory_format) -> Any:
@@ -62,15 +62,15 @@ def laid_out(value: Any, layout: torch.memory_format) -> Any:
         is_images = isinstance(item, Tensor) and item.ndim == 4 and item.is_floating_point()
         return item.to(memory_format=layout) if is_images else item
 
-    return _map(lay_out, value)
+    return map_values(lay_out, value)
 
 
-def _map(function: Callable[[Any], Any], value: Any) -> Any:
+def map_values(function: Callable[[Any], Any], value: Any) -> Any:
     """`function` of all that is no container."""
     if isinstance(value, Mapping):
-        return {key: _map(function, item) for key, item in value.items()}
+        return {key: map_values(function, item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return like(value, [_map(function, item) for item in value])
+        return like(value, [map_values(function, item) for item in value])
     return function(value)
 
 
@@ -159,7 +159,7 @@ def take(inputs: Any, start: int, stop: int) -> Any:
     def cut(value: Any) -> Any:
         return value[start:stop] if _is_batch(value, size) else value
 
-    return _map_arguments(lambda value: cut(value) if _is_list_of_tensors(value) else _map(cut, value), inputs)
+    return _map_arguments(lambda value: cut(value) if _is_list_of_tensors(value) else map_values(cut, value), inputs)
 
 
 def join(pieces: Sequence[Any]) -> Any:

@@ -9,19 +9,23 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from accelerate.state import GradientState
 from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
+COUNTS = ("epoch", "iteration", "end_of_dataloader", "remainder")
 
 
 @contextmanager
 def undisturbed(loader: object) -> Iterator[None]:
     """A loader may be read inside the block; its owner then goes on as if it had not been, amid an epoch too.
 
-    Put back are all random generators, the epoch that an `ImageLoader` has come to, and the pass of a DataLoader whose
-    workers persist: it has only one at a time, and a new one would take the workers of the old one away.
+    Put back are all random generators, what an `ImageLoader`, or accelerate's loaders and samplers, count passes by and
+    whether accelerate is in one, and the pass of a DataLoader whose workers persist: it has only one at a time, and a
+    new one would take the workers of the old one away.
     """
-    epoch = getattr(loader, "__dict__", {}).get("epoch")
+    counts = [(part, {n: v for n, v in vars(part).items() if n in COUNTS}) for part in _parts(loader)]
+    passes = GradientState().dataloader_references
     state, under_way = random_state(None), getattr(loader, "_iterator", None)
     own = [(generator, generator.get_state()) for generator in _generators(loader)]  # accelerate's gets one in a pass
     if under_way is not None:
@@ -32,8 +36,9 @@ def undisturbed(loader: object) -> Iterator[None]:
         set_random_state(state, None)
         for generator, found in own:
             generator.set_state(found)
-        if epoch is not None:
-            loader.epoch = epoch  # type: ignore[attr-defined]
+        for part, found_counts in counts:
+            vars(part).update(found_counts)
+        GradientState().dataloader_references = passes
         if under_way is not None:
             loader._iterator = under_way  # type: ignore[attr-defined]
 
@@ -79,17 +84,18 @@ def set_random_state(state: dict[str, Any], loader: object) -> None:
 
 
 def _generators(loader: object) -> list[torch.Generator]:
-    """Those of a DataLoader and its samplers, each once."""
-    found: dict[int, torch.Generator] = {}
-    parts: list[object] = [loader]
+    """Those of a loader and its samplers, each once."""
+    named = (getattr(part, name, None) for part in _parts(loader) for name in ("generator", "synchronized_generator"))
+    return list({id(found): found for found in named if isinstance(found, torch.Generator)}.values())
+
+
+def _parts(loader: object) -> list[Any]:
+    """A loader and its samplers, those with attributes of their own."""
+    parts = [loader]
     for part in parts:
-        for name in ("generator", "synchronized_generator"):
-            generator = getattr(part, name, None)
-            if isinstance(generator, torch.Generator):
-                found[id(generator)] = generator
         inner = [getattr(part, name, None) for name in ("sampler", "batch_sampler")]
         parts += [one for one in inner if one is not None and all(one is not other for other in parts)]
-    return list(found.values())
+    return [part for part in parts if hasattr(part, "__dict__")]
 
 
 def from_batch(loader: Iterable[T], batches: Iterable[T], first: int, start: dict[str, Any]) -> Iterator[T]:

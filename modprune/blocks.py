@@ -103,7 +103,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, with batch dimension.
 
     Raises:
-        ValueError: if the model is compiled, or wrapped or sharded for several devices.
+        ValueError: if the model is compiled, wrapped or sharded for several devices, or has no weights (meta device).
         RuntimeError: if the model cannot run on `example_inputs`; one line.
 
     >>> from modprune.models import resnet20

@@ -82,7 +82,8 @@ def choose(
         candidates, total_macs = [replace(c, macs=c.nanoseconds) for c in candidates], total_nanoseconds
     need = _needed(budget.flops or budget.latency, total_macs), _needed(budget.params, total_params)
     _check_reachable(candidates, budget, need, total_macs, total_params)
-    groups = [_prefixes(group, candidates) for group in _groups(candidates)]
+    scores = _integers([c.score for c in candidates])
+    groups = [_prefixes(group, candidates, scores) for group in _groups(candidates)]
     most = [group[-1] for group in groups]
     states: list[_State] = [(0, 0, 0, 0)]
     for i, group in enumerate(groups):
@@ -114,14 +115,19 @@ def _groups(candidates: Sequence[Candidate]) -> list[list[int]]:
     return [sorted(group, key=lambda i: (candidates[i].score, -i)) for group in groups.values()]
 
 
-def _prefixes(group: list[int], candidates: Sequence[Candidate]) -> list[_State]:
+def _integers(scores: Sequence[float]) -> list[int]:
+    """The scores in the largest unit that all are whole multiples of."""
+    exact = [Fraction(float(score)) for score in scores]
+    unit = math.lcm(*(score.denominator for score in exact))
+    return [int(score * unit) for score in exact]
+
+
+def _prefixes(group: list[int], candidates: Sequence[Candidate], scores: Sequence[int]) -> list[_State]:
     """What removing the first 0, 1, 2, ... blocks of a group comes to."""
-    unit = math.lcm(*(Fraction(float(c.score)).denominator for c in candidates))
     sums: list[_State] = [(0, 0, 0, 0)]
     for i in group:
         score, macs, params, mask = sums[-1]
-        c = candidates[i]
-        sums.append((score + int(Fraction(float(c.score)) * unit), macs + c.macs, params + c.params, mask - (1 << i)))
+        sums.append((score + scores[i], macs + candidates[i].macs, params + candidates[i].params, mask - (1 << i)))
     return sums
 
 

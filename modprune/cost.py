@@ -68,12 +68,8 @@ def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
     # Hooks for all modules at once: to register one on each of hundreds takes longer than to call it.
     before = register_module_forward_pre_hook(lambda module, _: change(module, -1))
     after = register_module_forward_hook(lambda module, *_: change(module, 1))
-    try:
-        with _visible_attention(), counter:
-            yield macs
-    finally:
-        before.remove()
-        after.remove()
+    with before, after, _visible_attention(), counter:
+        yield macs
     samples = batch_size(inputs)
     for name in macs:
         macs[name] //= 2 * samples
@@ -124,29 +120,28 @@ def _flops(formula: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     return int(of_shapes(*shapes, **kwargs, out_shape=out.shape if isinstance(out, torch.Tensor) else None))
 
 
-def macs_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    """MACs per sample by the primary counter, fvcore and thop: `{"modprune": ..., "fvcore": ..., "thop": ...}`.
-
-    fvcore and thop are cross-checks: one that cannot run on the network or its inputs, or finds nothing, is left out.
-    """
-    return {counter: macs[""] for counter, macs in _modules_by_counter(model, example_inputs).items()}
-
-
-def mac_differences(model: nn.Module, example_inputs: Any) -> dict[str, dict[str, int]]:
+def mac_differences(model: nn.Module, counts: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
     """What explains each cross-check's difference to the primary counter: MACs per sample by the type of module.
 
     Only what a module does itself is counted to it, not what those inside it do; types that agree are left out.
+
+    Args:
+        model: the one that was counted.
+        counts: of it, from `macs_by_counter`.
     """
-    counts = {c: _by_type(model, macs) for c, macs in _modules_by_counter(model, example_inputs).items()}
-    primary = counts.pop("modprune")
+    by_type = {counter: _by_type(model, macs) for counter, macs in counts.items()}
+    primary = by_type.pop("modprune")
     return {
         counter: {t: macs.get(t, 0) - n for t, n in primary.items() if macs.get(t, 0) != n}
-        for counter, macs in counts.items()
+        for counter, macs in by_type.items()
     }
 
 
-def _modules_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, dict[str, int]]:
-    """`macs_by_module` by each counter that can."""
+def macs_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, dict[str, int]]:
+    """`macs_by_module` by the primary counter, "modprune", and by "fvcore" and "thop".
+
+    These two are cross-checks: one that cannot run on the network or its inputs, or finds nothing, is left out.
+    """
     counts = {"modprune": macs_by_module(model, example_inputs)}
     if isinstance(example_inputs, dict):  # neither of the two takes keyword arguments
         return counts
@@ -243,19 +238,16 @@ def latency_by_module(
     def clock() -> float:
         return _clock(device_of(model))
 
-    hooks: list[Any] = []
-    for name in taken:
-        module = model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.__setitem__(name, clock())))
-        hooks.append(module.register_forward_hook(lambda *_, name=name: taken[name].append(clock() - running[name])))
-    try:
-        with torch.no_grad(), evaluating(model):
-            started = time.perf_counter()
-            while time.perf_counter() - started < seconds or len(taken[""]) < 4:
-                call(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad(), evaluating(model):
+        for name in taken:
+            module = model.get_submodule(name)
+            start = lambda *_, name=name: running.__setitem__(name, clock())  # noqa: E731
+            stop = lambda *_, name=name: taken[name].append(clock() - running[name])  # noqa: E731
+            hooks.enter_context(module.register_forward_pre_hook(start))
+            hooks.enter_context(module.register_forward_hook(stop))
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds or len(taken[""]) < 4:
+            call(model, inputs)
     return {name: statistics.median(values[1:]) if values[1:] else 0.0 for name, values in taken.items()}
 
 

@@ -232,15 +232,15 @@ class Taylor:
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(batches, blocks)."""
-        weights = [p for block in blocks for p in _weights(model, block.layers)]
-        owner = np.repeat(range(len(blocks)), [len(_weights(model, block.layers)) for block in blocks])
+        owned = [(i, p) for i, block in enumerate(blocks) for p in _weights(model, block.layers)]
+        owner, weights = zip(*owned, strict=True)
         values = []
         for batch in drawn(model, loader, self.samples, 1)[0]:
             with traceable(model):
                 loss = F.cross_entropy(*logits_and_labels(model, batch))
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-            pairs = zip(gradients, weights, strict=True)
-            terms = [0.0 if g is None else float((g.float() * w.detach().float()).sum()) for g, w in pairs]
+            slopes = zip(gradients, weights, strict=True)
+            terms = [0.0 if g is None else float((g.float() * w.detach().float()).sum()) for g, w in slopes]
             values.append(np.bincount(owner, terms, len(blocks)) ** 2)
         return BlockScores(blocks.names, np.array(values))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,17 +172,11 @@ def _first_layer(model: nn.Module, block: str, example_inputs: Any) -> str:
             early.append(name)
         rows.setdefault(name, []).append(len(feature) if feature is not None and feature.ndim else -1)
 
-    hooks = [
-        module.register_forward_hook(lambda _, __, out, name=name: look(name, out))
-        for name, module in model.named_modules()
-        if name == block or (not any(True for _ in module.children()) and any(True for _ in module.parameters()))
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, to_device(example_inputs, device_of(model)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, evaluating(model), torch.no_grad():
+        for name, module in model.named_modules():
+            if name == block or (not any(True for _ in module.children()) and any(True for _ in module.parameters())):
+                hooks.enter_context(module.register_forward_hook(lambda _, __, out, name=name: look(name, out)))
+        call(model, to_device(example_inputs, device_of(model)))
     samples = batch_size(example_inputs)
     first = next((name for name in early if rows[name] == [samples] and name != block), None)
     if first is None:

@@ -8,6 +8,7 @@ slabs do not depend on the budget, so neither do the sums, unless it is too smal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -274,7 +275,8 @@ def visit(
     In eval mode, without gradients; the model is left as found. Images go in with this memory layout.
 
     Raises:
-        ValueError: if a layer is not called once in a pass, or has no row of features for each sample.
+        ValueError: for a layer that is not there, is not called once in a pass, or has no row of features for each
+            sample.
     """
     row, size, seen = 0, 0, dict.fromkeys(layers, 0)
 
@@ -286,19 +288,16 @@ def visit(
         seen[layer] += 1
         keep(layer, tensor, row)
 
-    hooks = [
-        model.get_submodule(layer).register_forward_hook(lambda _, __, out, layer=layer: hook(layer, out))
-        for layer in seen
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            for inputs, labels in sample:
-                size = len(labels)
-                call(model, laid_out(to_device(inputs, device_of(model)), layout))
-                row += size
-    finally:
-        for handle in hooks:
-            handle.remove()
+    known = dict(model.named_modules(remove_duplicate=False))
+    if unknown := [layer for layer in seen if layer not in known]:
+        raise ValueError(f"layer {unknown[0]!r}: {type(model).__name__} has no such module; see model.named_modules()")
+    with ExitStack() as hooks, evaluating(model), torch.no_grad():
+        for layer in seen:
+            hooks.enter_context(known[layer].register_forward_hook(lambda _, __, out, layer=layer: hook(layer, out)))
+        for inputs, labels in sample:
+            size = len(labels)
+            call(model, laid_out(to_device(inputs, device_of(model)), layout))
+            row += size
     odd = [layer for layer, count in seen.items() if count != len(sample)]
     if odd:
         raise ValueError(f"layer {odd[0]}: not called once in a forward pass, so it has no one feature; leave it out")
@@ -334,31 +333,26 @@ def pairs(
         if layer in given and y is not None:
             row[layer] = measure(given.pop(layer), y)
 
-    hooks: list[Any] = []
-    for layer, last in spans.items():
-        pre = lambda _, args, kwargs, layer=layer: before(layer, args, kwargs)  # noqa: E731
-        post = lambda _, __, out, layer=layer: after(layer, out)  # noqa: E731
-        hooks.append(model.get_submodule(layer).register_forward_pre_hook(pre, with_kwargs=True))
-        hooks.append(model.get_submodule(last).register_forward_hook(post))
     seen = 0
-    try:
-        with evaluating(model), undisturbed(loader), torch.no_grad():
-            for batch in loader:
-                inputs = split_batch(batch)[0]
-                if batch_size(inputs) == 0:
-                    continue
-                row.clear()
-                call(model, to_device(inputs, device_of(model)))
-                missing = [layer for layer in spans if layer not in row]
-                if missing:
-                    raise ValueError(f"layer {missing[0]}: not called in a forward pass, or with no tensor")
-                values.append([row[layer] for layer in spans])
-                seen += batch_size(inputs)
-                if seen >= samples:
-                    break
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with ExitStack() as hooks, evaluating(model), undisturbed(loader), torch.no_grad():
+        for layer, last in spans.items():
+            pre = lambda _, args, kwargs, layer=layer: before(layer, args, kwargs)  # noqa: E731
+            post = lambda _, __, out, layer=layer: after(layer, out)  # noqa: E731
+            hooks.enter_context(model.get_submodule(layer).register_forward_pre_hook(pre, with_kwargs=True))
+            hooks.enter_context(model.get_submodule(last).register_forward_hook(post))
+        for batch in loader:
+            inputs = split_batch(batch)[0]
+            if batch_size(inputs) == 0:
+                continue
+            row.clear()
+            call(model, to_device(inputs, device_of(model)))
+            missing = [layer for layer in spans if layer not in row]
+            if missing:
+                raise ValueError(f"layer {missing[0]}: not called in a forward pass, or with no tensor")
+            values.append([row[layer] for layer in spans])
+            seen += batch_size(inputs)
+            if seen >= samples:
+                break
     if not values:
         raise ValueError(f"the loader gives no batch{ONCE}")
     return values

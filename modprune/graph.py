@@ -142,7 +142,8 @@ def _norms(rows: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(rows, dim=1)
     # An overflowing norm of finite values is no fault of theirs: those rows are looked at again.
     suspects = torch.nonzero(~norms.isfinite()).flatten()
-    check_finite(rows[suspects].abs().amax(1) if len(suspects) else norms, suspects)
+    if len(suspects):
+        check_finite(rows[suspects].abs().amax(1), suspects)
     return norms
 
 
@@ -150,7 +151,7 @@ def check_finite(values: Tensor, names: Tensor | None = None, where: str = "") -
     """Raises ValueError unless the one value of each sample is finite; names the first of `names` that is not."""
     bad = torch.nonzero(~values.isfinite()).flatten()
     if len(bad):
-        sample = int(bad[0] if names is None or len(names) == 0 else names[bad[0]])
+        sample = int(bad[0] if names is None else names[bad[0]])
         raise ValueError(f"{where}the features of sample {sample} hold NaN or infinity: check the model and its inputs")
 
 

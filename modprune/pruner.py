@@ -221,11 +221,12 @@ def _freed(gone: Sequence[Candidate], totals: _Totals) -> dict[str, float]:
 def _candidates(
     blocks: Blocks, scores: BlockScores, ignored: frozenset[str], times: Mapping[str, int]
 ) -> list[Candidate]:
-    missing = [name for name in blocks.names if name not in scores.names]
+    mean = scores.mean
+    missing = [name for name in blocks.names if name not in mean]
     if missing:
         raise ValueError(f"the criterion gave no score for block {missing[0]}")
     return [
-        Candidate(block.name, scores.mean[block.name], block.macs, block.params, times.get(block.name, 0))
+        Candidate(block.name, mean[block.name], block.macs, block.params, times.get(block.name, 0))
         for block in blocks
         if not any(
             own == name or _inside(own, name) or _inside(name, own)

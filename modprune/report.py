@@ -140,9 +140,10 @@ def compare(
 def _summary(
     model: nn.Module, example_inputs: Any, seconds: dict[int, float], val_loader: Iterable[Any] | None
 ) -> Summary:
-    macs = macs_by_counter(model, example_inputs)
+    counts = macs_by_counter(model, example_inputs)
+    macs = {counter: by_module[""] for counter, by_module in counts.items()}
     far = [name for name, count in macs.items() if abs(count - macs["modprune"]) > TOLERANCE * macs["modprune"]]
-    differences = mac_differences(model, example_inputs) if far else {}
+    differences = mac_differences(model, counts) if far else {}
     accuracy = evaluate(model, val_loader) if val_loader is not None else None
     return Summary(count_params(model), macs, seconds, accuracy, {name: differences[name] for name in far})
 

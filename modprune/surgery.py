@@ -203,17 +203,14 @@ def _problem(
         x = first_tensor((args, kwargs))
         passed[name] = (x, x._version) if x is not None and x is first_tensor(out) else (None, 0)
 
-    hooks = [
-        module.register_forward_hook(lambda *seen, name=name: look(name, *seen), with_kwargs=True)
-        for name, module in new.items()
-    ]
-    try:
-        outputs = _outputs(model, example_inputs)
-    except Exception as error:
-        return first_line(error)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for name, module in new.items():
+            look_at = lambda *seen, name=name: look(name, *seen)  # noqa: E731
+            hooks.enter_context(module.register_forward_hook(look_at, with_kwargs=True))
+        try:
+            outputs = _outputs(model, example_inputs)
+        except Exception as error:
+            return first_line(error)
     after, count = _shapes(outputs), count_params(model)
     if not _alike(before, after, batch_size(example_inputs)):
         return f"the output had shape {before}, now {after}"
@@ -232,12 +229,10 @@ def _problem(
 def _is_harmless(model: nn.Module, passing: Sequence[nn.Module], example_inputs: Any, outputs: list[Tensor]) -> bool:
     """Whether the outputs are those with copies passed on, and gradients can be had."""
     copied = lambda _, __, out: torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, out)  # noqa: E731
-    hooks = [module.register_forward_hook(copied) for module in passing]
-    try:
+    with ExitStack() as hooks:
+        for module in passing:
+            hooks.enter_context(module.register_forward_hook(copied))
         same = all(map(torch.equal, outputs, _outputs(model, example_inputs)))
-    finally:
-        for hook in hooks:
-            hook.remove()
     try:
         with traceable(model):
             made = _tensors(call(model, to_device(example_inputs, device_of(model))))

@@ -61,12 +61,9 @@ def _started(name: str, folder: Path, arguments: Mapping[str, Any]) -> Any:
         tracker.start()
     except ImportError:
         raise ValueError(f"log_with={name!r} is not installed: pip install {name}") from None
-    tracker.store_init_configuration({key: value for key, value in arguments.items() if _is_plain(value)})
+    plain = {key: value for key, value in arguments.items() if isinstance(value, (int, float, str))}
+    tracker.store_init_configuration(plain)
     return tracker
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float, str, bool))
 
 
 def read_metrics(path: Path) -> list[Epoch]:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from benchmarks.zoo_networks import NETWORKS
@@ -124,6 +125,28 @@ def test_a_loop_goes_on_as_if_nothing_had_been_measured_amid_it(criterion, worke
     blocks = find_blocks(model, X)
     given, alone = list(epochs(workers, lambda loader: criterion(model, blocks, loader))), list(epochs(workers))
     assert all(torch.equal(a, b) for a, b in zip(given, alone, strict=True))
+
+
+@pytest.mark.parametrize("amid", [True, False])
+def test_a_loop_of_accelerate_goes_on_as_if_nothing_had_been_measured(amid):
+    model, rows = resnet20(), TensorDataset(*LABELLED[0], torch.arange(100))
+    blocks = find_blocks(model, X)
+
+    def steps(measured):
+        """The order of two epochs, and after which batches the gradients are due."""
+        order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, dataloader_config=order)
+        loader = accelerator.prepare(DataLoader(rows, 20, shuffle=True))
+        for epoch in range(2):
+            for step, (_, _, index) in enumerate(loader):
+                if measured and amid and (epoch, step) == (0, 1):
+                    Modularity(samples=100, repeats=2)(model, blocks, loader)
+                with accelerator.accumulate():
+                    yield index.tolist(), accelerator.sync_gradients
+            if measured and not amid and epoch == 0:
+                Modularity(samples=100, repeats=2)(model, blocks, loader)
+
+    assert list(steps(True)) == list(steps(False))
 
 
 def test_an_image_loader_goes_on_as_if_nothing_had_been_measured():
@@ -382,9 +405,7 @@ def test_blocks_that_change_the_shape_score_one_and_loaders_need_no_labels():
 
 
 def test_five_hundred_samples_are_enough():
-    seen = []
     model = nn.Sequential(Turn([[1.0, 0.0], [0.0, 2.0]]))
-    model.register_forward_hook(lambda *_: seen.append(1))
     batches = [torch.ones(300, 2)] * 5
     assert BlockInfluence()(model, find_blocks(model, batches[0]), batches).values.shape == (2, 1)
     with pytest.raises(ValueError, match="gives no batch"):

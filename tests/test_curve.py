@@ -170,6 +170,13 @@ def test_errors_name_what_is_wrong(arguments, message):
         modularity_curve(network(), loader(120), **arguments)
 
 
+def test_a_layer_that_is_not_there_is_named_and_leaves_no_hook():
+    model = network()
+    with pytest.raises(ValueError, match="layer 'nope': CifarResNet has no such module"):
+        modularity_curve(model, loader(60), samples=60, repeats=1, layers=["conv1", "nope"])
+    assert not any(m._forward_hooks for m in model.modules())
+
+
 def test_one_class_nan_and_missing_labels_are_errors():
     model = network()
     with pytest.raises(ValueError, match="of one class"):

@@ -44,6 +44,11 @@ def test_an_epoch_depends_on_seed_and_number_alone():
     assert not torch.equal(epoch(0, 3), epoch(1, 3))
 
 
+def test_every_epoch_crops_anew():
+    loader = ImageLoader(images(), 20, pad=2)
+    assert not torch.equal(*(x for _ in range(2) for x, _, _ in loader))
+
+
 def test_training_drops_the_last_batch_and_testing_keeps_it():
     assert [len(y) for _, y, _ in ImageLoader(images(), 8, shuffle=True)] == [8, 8]
     assert [len(y) for _, y, _ in ImageLoader(images(), 8)] == [8, 8, 4]

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from modprune.checkpoints import states
 from modprune.data import ImageLoader, digits
-from modprune.distill import CachedTeacher
+from modprune.distill import CachedTeacher, distillation_loss
 from modprune.evaluate import evaluate
 from modprune.finetune import finetune
 from modprune.models import CifarResNet
@@ -53,6 +53,22 @@ def test_it_learns_and_returns_what_it_measured():
     assert history[-1].lr == pytest.approx(0)
     assert not model.training
     assert "forward" not in model.__dict__
+
+
+def test_an_epoch_equals_a_plain_loop(monkeypatch):
+    monkeypatch.setattr(module, "autocast_dtype", in_float32)
+    model, teacher, batches = network(), network(1).eval(), [(images, labels) for images, labels, _ in loader()]
+    twin = copy.deepcopy(model).train()
+    constants = {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.01}
+    rest = {"distill": 0.7, "temperature": 2.0, "warmup": 0.0}
+    finetune(model, batches, teacher=teacher, epochs=1, progress=False, **constants, **rest)
+    optimizer = torch.optim.SGD(twin.parameters(), **constants, nesterov=True)
+    for step, (images, labels) in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 0.05 * warmup_cosine(step, 0, len(batches))
+        optimizer.zero_grad()
+        distillation_loss(twin(images), labels, teacher(images).detach(), 0.7, 2.0).backward()
+        optimizer.step()
+    assert same(model, twin)
 
 
 def test_the_bar_and_the_epochs_tell_the_accuracy_on_the_batches_as_they_came(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -43,11 +44,8 @@ def weight_layers(model: nn.Module) -> tuple[str, ...]:
 def in_order(model: nn.Module, names: tuple[str, ...], example_inputs: Any) -> tuple[str, ...]:
     """Those of `names` that run exactly once, in the order in which they end."""
     ran: list[str] = []
-    hooks = [model.get_submodule(n).register_forward_hook(lambda *_, name=n: ran.append(name)) for n in names]
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, to_device(example_inputs, device_of(model)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, evaluating(model), torch.no_grad():
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name)))
+        call(model, to_device(example_inputs, device_of(model)))
     return tuple(name for name in ran if ran.count(name) == 1)

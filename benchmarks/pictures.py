@@ -1,27 +1,37 @@
-"""The picture of benchmarks/README.md: Top-1 of pruned ResNet56 against what is removed, ours beside the published.
+"""The pictures of README.md and benchmarks/README.md, drawn from the results.
 
-    python -m benchmarks.pareto
-
-Time is ours alone: nobody publishes it.
+python -m benchmarks.pictures
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks._env import RESULTS
 from benchmarks.published import CHANNELS, LAYERS, Point
 from benchmarks.tables import OURS, load
+from modprune import ModularityCurve
 from modprune.picture import BLUE, GREY, RED, save_picture
 
 MARKS = {"blocks": ("s", BLUE), "channels": ("o", GREY)}
 
 
-def main() -> None:
-    """Write benchmarks/results/pareto.png."""
+def curve() -> None:
+    """Write benchmarks/results/resnet56-cifar10-curve.png: Q per layer, and the blocks that the first run removed."""
+    run = load("resnet56-cifar10-first")
+    measured = ModularityCurve(tuple(run["curve"]["layers"]), np.array(run["curve"]["q"]))
+    save_picture(measured.plot(removed=run["removed"]), RESULTS / "resnet56-cifar10-curve.png")
+
+
+def pareto() -> None:
+    """Write benchmarks/results/pareto.png: Top-1 of pruned ResNet56 against what is removed, beside the published.
+
+    Time is ours alone: nobody publishes it.
+    """
     reports = [load(name)["report"] for name in OURS]
     base = reports[0]["original"]["accuracy"]["top1"]
     axes = Figure(figsize=(11, 4), layout="constrained").subplots(1, 3, sharey=True)
@@ -64,4 +74,5 @@ def removed(report: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    curve()
+    pareto()

@@ -49,6 +49,7 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
     """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    empty = [(m, name) for m in model.modules() for name, b in m._buffers.items() if b is None]
     attributes = {module: _plain_attributes(module) for module in model.modules()}
     try:
         with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
@@ -66,6 +67,8 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
                 with suppress(NotImplementedError):  # sparse ones: none are compared, or written to in a pass
                     if not torch.equal(buffer, value):  # a write, even of the same values, would spoil graphs it is in
                         buffer.copy_(value)
+        for module, name in empty:
+            module._buffers[name] = None
         for module, before in attributes.items():
             _put_back(module, before)
 

@@ -106,10 +106,12 @@ def first_sample(loader: Iterable[Any]) -> Any:
     """The inputs of the first sample of a loader, as a batch of one.
 
     Raises:
-        ValueError: if it gives no batch.
+        ValueError: if it gives no batch with a sample.
     """
     for batch in loader:
-        return take(split_batch(batch)[0], 0, 1)
+        inputs = split_batch(batch)[0]
+        if batch_size(inputs):
+            return take(inputs, 0, 1)
     raise ValueError(f"the loader gives no batch{ONCE}")
 
 
@@ -208,13 +210,17 @@ def _is_list_of_tensors(value: Any) -> bool:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Every module's own mode, training or not, is put back after the block."""
+    """Every module's own mode, training or not, is put back after the block.
+
+    By `train`, which may do more than note it: layers of low rank take their product out of the weights again.
+    """
     modes = {module: module.training for module in model.modules()}
     try:
         yield
     finally:
         for module, mode in modes.items():
             if module.training != mode:
+                module.train(mode)  # from the outside in: what it does to those inside is put right after it
                 module.training = mode
 
 

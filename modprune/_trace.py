@@ -42,10 +42,16 @@ def shortcut_only(block: nn.Module) -> fx.GraphModule:
     for inner, module in kept.named_modules():
         module.training = block.get_submodule(inner).training
     lasting = {name: value for name, value in notes(block).items() if not hasattr(kept, name)} | {MARK: "transition"}
-    for name, value in lasting.items():
-        setattr(kept, name, value)
-    kept.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = lasting  # copies keep what stands there, pickle what is an attribute
+    set_lasting(kept, lasting)
     return kept
+
+
+def set_lasting(module: nn.Module, values: dict[str, Any]) -> None:
+    """Attributes of a module that copies of it keep."""
+    for name, value in values.items():
+        setattr(module, name, value)
+    if isinstance(module, fx.GraphModule):  # whose copies keep what stands there, while pickle keeps attributes
+        module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {}).update(values)
 
 
 def notes(block: nn.Module) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modprune._inputs import arguments, first_tensor, like
-from modprune._trace import MARK, notes, shortcut_only
+from modprune._trace import MARK, notes, set_lasting, shortcut_only
 
 WHOLE = "modprune_nested_when_whole"
 LISTENERS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -70,8 +70,7 @@ def stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) ->
     for part, module in new.items():
         original = model.get_submodule(part)
         module.training = original.training
-        for listeners in LISTENERS:
-            setattr(module, listeners, getattr(original, listeners))
+        set_lasting(module, {listeners: getattr(original, listeners) for listeners in LISTENERS})
     return new
 
 

@@ -52,7 +52,8 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
 
 def _rebind(model: nn.Module, optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str]) -> None:
     now, stay = dict(model.named_parameters()), set(model.parameters())
-    for optimizer in optimizers:
+    inner = [held for outer in optimizers for held in vars(outer).values() if isinstance(held, Optimizer)]
+    for optimizer in (*optimizers, *inner):  # one that wraps another shares its groups, and leaves it the states
         for group in optimizer.param_groups:
             # By itself before by its name: of weights that layers share, the layer that gave the name may be gone.
             heirs = [p if p in stay or p not in names else now.get(names[p]) for p in group["params"]]

@@ -181,7 +181,7 @@ class LayerGrams:
         device = device_of(self.model)
         if self._arena.numel() < values or self._arena.device != device:
             self._arena = torch.empty(0)  # the old one goes before the new one comes
-            self._arena = torch.empty(values, device=device)
+            self._arena = torch.empty(values, dtype=torch.float32, device=device)
 
     def _columns(self, sample: Sample) -> dict[str, int]:
         """How many values a sample has in each layer, from a pass of two, which settles the layout as well."""

@@ -150,7 +150,9 @@ class _Run:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient: nothing can be trained")
         self.accelerator = _accelerator(self.device)
-        self.loader = self.accelerator.prepare(loader) if isinstance(loader, DataLoader) else loader
+        # Alone, a loader stays as it is: accelerate's fetches a batch ahead, with other random numbers on resuming.
+        spread = isinstance(loader, DataLoader) and self.accelerator.num_processes > 1
+        self.loader: Any = self.accelerator.prepare(loader) if spread else loader
         self.steps = _steps(self.loader)
         self.optimizer: Any = torch.optim.SGD(
             model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,

@@ -88,7 +88,7 @@ def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
     size = max(1, BLOCK // len(rows))
     # In one place from the start: small pieces kept between the blocks would keep the heap from using these again.
     neighbours = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
-    weights = torch.empty(len(rows), k, device=rows.device)
+    weights = torch.empty(len(rows), k, dtype=torch.float32, device=rows.device)
     for start in range(0, len(rows), size):
         part = _nearest(_product(rows[start : start + size], rows), inverse, k, start)
         neighbours[start : start + size], weights[start : start + size] = part.neighbours, part.weights

@@ -231,7 +231,7 @@ def _candidates(
         if not any(
             own == name or _inside(own, name) or _inside(name, own)
             for name in ignored
-            for own in (block.name, *block.layers)  # those of a plain unit lie beside it
+            for own in (block.name, *block.layers, block.end)  # those of a plain unit lie beside it
         )
     ]
 
@@ -266,12 +266,13 @@ def _inside(name: str, outer: str) -> bool:
 
 
 def _names(model: nn.Module, layers: Sequence[nn.Module | str]) -> frozenset[str]:
-    by_module = {module: name for name, module in model.named_modules()}
-    known = set(by_module.values())
+    """Every name of every layer: one that several blocks share keeps them all."""
+    known = dict(model.named_modules(remove_duplicate=False))
     names = set()
     for layer in layers:
-        name = layer if isinstance(layer, str) else by_module.get(layer) if isinstance(layer, nn.Module) else None
-        if not name or name not in known:
+        module = known.get(layer) if isinstance(layer, str) else layer
+        own = {name for name, other in known.items() if name and other is module}
+        if not own:
             raise ValueError(f"ignored_layers: {layer!r:.60} is no module of the model: give modules or their names")
-        names.add(name)
+        names |= own
     return frozenset(names)

@@ -25,7 +25,8 @@ from modprune.plan import PruningPlan
 from modprune.surgery import removed_blocks
 from modprune.width import narrowed_layers, resize
 
-FORMAT = 2
+FORMAT = 3
+FLOATS = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 BUILT_IN = {made.__name__: made for made in (CifarResNet, CifarResNet18, CifarVGG)}
 _PREFIX = re.compile(r"^(module|_orig_mod)\.")
 
@@ -37,14 +38,14 @@ def save(model: nn.Module, path: str | Path) -> None:
     that `load` can rebuild the model from the unpruned one without example inputs.
 
     Raises:
-        OSError: if the file cannot be written; ValueError: for a state that is no tensor, or a sparse one.
+        OSError: if the file cannot be written; ValueError: for a state that is no tensor, or none for safetensors.
     """
     model = _bare(model)
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name}: a {type(value).__name__} in the state dict, and the file holds tensors alone")
-        if value.layout != torch.strided or value.dtype == torch.complex128:
+        if value.layout != torch.strided or value.dtype in (torch.complex128, torch.complex32):
             raise ValueError(f"{name}: {value.layout} of {value.dtype}, which safetensors cannot hold")
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
     plan, narrowed = removed_blocks(model), narrowed_layers(model)
@@ -52,6 +53,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "plan": json.loads(plan.to_json()),
         "narrowed": narrowed,
         "built_in": _maker_of(model, plan, narrowed, tensors),
+        "unsaved": {name: str(buffer.dtype) for name, buffer in _unsaved(model).items()},
     }
     header = {"format": FORMAT, **structure, "sha256": checksum(structure, tensors)}
     write_bytes(path, safetensors.torch.save(tensors, metadata={"modprune": json.dumps(header)}))
@@ -86,6 +88,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     for candidate in (_copied(model), model):  # all that can fail fails on a copy, before the caller's is touched
         _take_shape(candidate, path, plan, narrowed, tensors)
         _fill(candidate, tensors)
+        for name, buffer in _unsaved(candidate).items():
+            buffer.data = buffer.data.to(FLOATS.get(header["unsaved"].get(name), buffer.dtype))
     return model
 
 
@@ -155,6 +159,12 @@ def _take_shape(
         tensor.data = tensor.data.to(tensors[name].dtype)
 
 
+def _unsaved(model: nn.Module) -> dict[str, Tensor]:
+    """The floating-point buffers that no state dict has: a model that was made smaller computes with them so too."""
+    saved = model.state_dict().keys()
+    return {name: b for name, b in model.named_buffers() if name not in saved and b.is_floating_point()}
+
+
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     state = model.state_dict()  # with the versions of the modules' formats, which some insist on
     state.update(tensors)
@@ -202,7 +212,8 @@ def _header(path: str | Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
             raise TypeError
         if version > FORMAT:
             raise ValueError(f"{path}: of format {version}; this modprune reads up to {FORMAT}: update modprune")
-        structure = {key: header[key] for key in ("plan", "narrowed", "cifar_resnet" if version == 1 else "built_in")}
+        keys = ["plan", "narrowed", "cifar_resnet" if version == 1 else "built_in", "unsaved"]
+        structure = {key: header[key] for key in keys[: 3 if version < 3 else 4]}
         expected = header["sha256"]
     except (KeyError, TypeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path}: its header is damaged: get it anew") from None
@@ -211,6 +222,9 @@ def _header(path: str | Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
     if version == 1:  # which knew one class
         arguments = structure.pop("cifar_resnet")
         structure["built_in"] = arguments and {"class": "CifarResNet", "arguments": arguments}
+    structure.setdefault("unsaved", {})
+    if not isinstance(structure["unsaved"], dict):
+        raise ValueError(f"{path}: its header is damaged: get it anew")
     return structure
 
 

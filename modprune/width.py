@@ -63,11 +63,12 @@ def narrow(model: nn.Module, cuts: Iterable[Cut], example_inputs: Any) -> None:
     """
     cuts = tuple(cuts)
     for name, channels in cuts:
-        weight = getattr(dict(model.named_modules()).get(name), "weight", None)
-        if not isinstance(weight, Tensor):
+        layer = dict(model.named_modules()).get(name)
+        if not isinstance(layer, (_ConvNd, nn.Linear)):
             raise ValueError(f"{name}: {type(model).__name__} has no such layer to cut channels of")
-        if not channels or min(channels) < 0 or max(channels) >= len(weight) or len(set(channels)) >= len(weight):
-            raise ValueError(f"{name}: the {len(channels)} channels to cut are not some of its {len(weight)}")
+        count = _outputs(layer)
+        if not channels or min(channels) < 0 or max(channels) >= count or len(set(channels)) >= count:
+            raise ValueError(f"{name}: the {len(channels)} channels to cut are not some of its {count}")
     before = {name: t.shape for name, t in model.state_dict().items()}
     cut_channels(model, example_inputs, cuts)
     for name, tensor in model.state_dict().items():
@@ -105,7 +106,8 @@ def _tell_sizes(layer: Any) -> None:
     """The layer's own notes of its sizes, after its tensors."""
     if isinstance(layer, _ConvNd):
         layer.groups = len(layer.weight) if layer.groups == layer.out_channels else layer.groups
-        layer.out_channels, layer.in_channels = len(layer.weight), layer.weight.shape[1] * layer.groups
+        sizes = len(layer.weight), layer.weight.shape[1] * layer.groups
+        layer.out_channels, layer.in_channels = reversed(sizes) if layer.transposed else sizes
     elif isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
     else:

@@ -351,3 +351,21 @@ def test_a_block_on_the_input_itself_is_seen():
     model = nn.Sequential(Residual(nn.Linear(4, 4)), Residual(nn.Linear(4, 4)), nn.Linear(4, 2))
     assert find_blocks(model, torch.randn(3, 4)).names == ("0", "1")
     assert find_blocks(model, (torch.randn(3, 4),)).names == ("0", "1")
+
+
+class Remembering(nn.Linear):
+    """Keeps what it gave in a buffer that was empty."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("last", None)
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+def test_empty_buffers_are_empty_afterwards():
+    model = nn.Sequential(Remembering(), Residual(nn.Linear(4, 4)))
+    assert len(find_blocks(model, torch.randn(2, 4))) == 1
+    assert model[0].last is None

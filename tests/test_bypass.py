@@ -88,3 +88,12 @@ def test_an_activation_that_others_share_stays():
     model = Shared().eval()
     pruned = remove_blocks(copy.deepcopy(model), ["conv2"], example_inputs=X)
     assert torch.equal(pruned(X), model.relu(model.bn1(model.conv1(X))))
+
+
+@pytest.mark.parametrize("name", ["layer1.0", "layer2.0"])
+def test_copies_keep_the_forward_hooks(name):
+    model, heard = resnet20(), []
+    model.get_submodule(name).register_forward_hook(lambda *_: heard.append(name))
+    remove_blocks(model, [name])
+    copy.deepcopy(copy.deepcopy(model))(torch.zeros(1, 3, 8, 8))
+    assert heard == [name]

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from timm.optim import Lookahead
 from torch import nn
 
 from modprune import ModularityPruner, PruningPlan, carry_over
@@ -123,3 +124,13 @@ def test_parameters_of_others_stay_and_an_empty_optimizer_is_refused():
     assert any(p is scale for p in both.param_groups[0]["params"])
     with pytest.raises(ValueError, match="SGD has no parameter left"), carry_over(model, inner):
         PruningPlan(("layer1.0",)).apply(model)
+
+
+def test_an_optimizer_around_another_shares_its_groups():
+    model = resnet20()
+    optimizer = Lookahead(torch.optim.Adam(model.parameters()))
+    steps(model, optimizer, 2)
+    with carry_over(model, optimizer):
+        PruningPlan(("layer1.0",)).apply(model)
+    count = len(list(model.parameters()))
+    assert len(optimizer.state_dict()["state"]) == len(optimizer.state_dict()["param_groups"][0]["params"]) == count

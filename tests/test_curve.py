@@ -232,3 +232,14 @@ def test_labels_that_are_no_classes_are_named_before_the_pass():
     with pytest.raises(ValueError, match=r"labels of type torch.float32: integers"):
         modularity_curve(model, [(x, y.float()) for x, y in loader(64)], samples=64, repeats=1, layers=("conv1",))
     assert not passes
+
+
+def test_another_default_type_changes_nothing():
+    model, batches, curves = network(), list(loader(120)), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            curves.append(modularity_curve(model, batches, samples=120, repeats=1).q)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert np.array_equal(*curves)

@@ -150,3 +150,13 @@ def test_autocast_does_not_coarsen_the_cosines():
     with torch.autocast("cpu", torch.bfloat16):
         assert (features @ features.T).dtype == torch.bfloat16
         assert modularity(features, labels) == plain
+
+
+def test_another_default_type_changes_nothing():
+    features, labels = torch.randn(80, 6, generator=torch.Generator().manual_seed(0)), torch.arange(80) % 4
+    expected = modularity(features, labels)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert modularity(features, labels) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -15,7 +15,7 @@ from modprune.budget import Budget, Candidate
 from modprune.cost import count_macs, count_params
 from modprune.criteria import BlockScores
 from modprune.data import ImageLoader, digits
-from modprune.models import resnet32
+from modprune.models import resnet32, vgg11_bn
 from modprune.pruner import ModularityPruner
 from tests.oracles import best_set
 
@@ -136,6 +136,18 @@ def test_ignored_layers_stay():
     assert pruner.plan().remove == ("layer3.3", "layer3.4")
     with pytest.raises(ValueError, match="no module of the model"):
         ModularityPruner(model, X, loader(), blocks=2, ignored_layers=["layer7"])
+
+
+def test_ignored_layers_stay_by_every_name_and_as_the_end_of_a_plain_unit():
+    options = {"example_inputs": torch.zeros(1, 3, 32, 32), "loader": [], "criterion": "l1_norm", "blocks": 1}
+    first = ModularityPruner(vgg11_bn(width=0.125), **options).plan().remove[0]
+    activation = f"features.{int(first.split('.')[1]) + 2}"
+    second = ModularityPruner(vgg11_bn(width=0.125), **options, ignored_layers=[activation]).plan().remove[0]
+    assert first != second
+    shared = network()
+    shared.layer1[2].conv1 = shared.layer1[0].conv1
+    pruner = ModularityPruner(shared, X, [], "l1_norm", blocks=5, ignored_layers=[shared.layer1[0].conv1])
+    assert not {"layer1.0", "layer1.2"} & set(pruner.plan().remove)
 
 
 def test_iterations_meet_the_same_budget_and_measure_anew():

@@ -122,7 +122,7 @@ def test_numbers_of_another_kind_are_of_another_network(saved):
     with safetensors.safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["modprune"])
     tensors["linear.bias"] = tensors["linear.bias"].long()
-    header["sha256"] = checksum({key: header[key] for key in ("plan", "narrowed", "built_in")}, tensors)
+    header["sha256"] = checksum({key: header[key] for key in ("plan", "narrowed", "built_in", "unsaved")}, tensors)
     path.write_bytes(safetensors.torch.save(tensors, {"modprune": json.dumps(header)}))
     with pytest.raises(ValueError, match=r"linear\.bias is of torch\.int64 there and of torch\.float32 here"):
         load(path)
@@ -244,7 +244,7 @@ def damage(path, kind: str):
         ("other plan", "the file was altered"),
         ("text", "not a whole safetensors file"),
         ("plain", "not a file of modprune.save"),
-        ("newer", "format 9; this modprune reads up to 2"),
+        ("newer", "format 9; this modprune reads up to 3"),
     ],
 )
 def test_damaged_files(saved, kind, message):
@@ -267,6 +267,29 @@ def test_another_network_stays_as_it_was(saved, make, message):
         load(path, model)
     assert torch.equal(model(X), before)
     assert not removed_blocks(model).remove
+
+
+class Tabled(torch.nn.Module):
+    """Computes with a table that no state dict has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+        self.register_buffer("table", torch.rand(4, generator=torch.Generator().manual_seed(0)), persistent=False)
+        self.register_buffer("fine", torch.ones(4), persistent=False)
+
+    def forward(self, x):
+        return x + self.layer(x * self.table) * self.fine.to(x.dtype)
+
+
+def test_buffers_that_are_not_saved_come_back_in_their_precision(tmp_path):
+    model = torch.nn.Sequential(Tabled(), Tabled()).bfloat16()
+    model[0].fine = model[0].fine.float()
+    save(model, tmp_path / "half.safetensors")
+    again = load(tmp_path / "half.safetensors", torch.nn.Sequential(Tabled(), Tabled()))
+    assert [b.dtype for b in again.buffers()] == [b.dtype for b in model.buffers()]
+    x = torch.randn(3, 4).bfloat16()
+    assert torch.equal(again(x), model(x))
 
 
 class Evil:

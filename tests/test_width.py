@@ -207,3 +207,28 @@ def test_channels_that_are_averaged_or_rolled_together_stay(gate, apart):
     narrowed = copy.deepcopy(model)
     narrow(narrowed, cuts, X)
     torch.testing.assert_close(outputs(narrowed, X), outputs(masked(model, cuts, lambda name: name), X))
+
+
+class Transposed(nn.Module):
+    def __init__(self, shrunk: int, grown: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(16, shrunk, 3, 2, 1), nn.Conv2d(grown, 16, 1)
+        self.up, self.bn = nn.ConvTranspose2d(shrunk, grown, 2, 2), nn.BatchNorm2d(grown)
+
+    def forward(self, x):
+        return x + self.b(self.bn(self.up(self.a(x).relu())).relu())
+
+
+@pytest.mark.parametrize("sizes", [(32, 8), (8, 32)])
+def test_transposed_convolutions_are_cut_and_come_back(sizes, tmp_path):
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 16, 3), Transposed(*sizes), Transposed(*sizes), nn.AdaptiveAvgPool2d(1))
+
+    model, x = make(), torch.randn(2, 3, 18, 18)
+    ModularityPruner(model, x, [], "l1_norm", blocks=1, width=0.25).step()
+    block = next(module for module in model.modules() if isinstance(module, Transposed))
+    assert (block.up.in_channels, block.up.out_channels) == tuple(3 * size // 4 for size in sizes)
+    save(model, tmp_path / "m.safetensors")
+    again = load(tmp_path / "m.safetensors", make())
+    assert repr(again) == repr(model)
+    assert torch.equal(outputs(again.eval(), x), outputs(model.eval(), x))

@@ -77,6 +77,7 @@ LOADERS = {
     "generator of its own": lambda: DataLoader(
         TensorDataset(IMAGES.images / 255, IMAGES.labels), 32, shuffle=True, generator=torch.Generator().manual_seed(1)
     ),
+    "drawn in this process": lambda: DataLoader(Noisy(), 32, shuffle=True),
     "two workers": lambda: DataLoader(Noisy(), 32, shuffle=True, num_workers=2),
 }
 

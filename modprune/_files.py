@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -53,6 +55,29 @@ def check_path(path: str | Path) -> None:
         problem = str(error.strerror)
     if problem:
         raise OSError(f"{path}: cannot be written ({problem}); give a file in a folder that can")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other process that asks for it works in this folder meanwhile; a kill lets go of it, and no file is left.
+
+    Raises:
+        ValueError: if one does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # on Windows nobody is kept out
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another run is at work there: wait for it, or give another folder") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -92,7 +92,7 @@ Criterion = Annotated[
     str,
     typer.Option(help=f"What scores the blocks: {', '.join(CRITERION_NAMES)}.", callback=_one_of(CRITERION_NAMES)),
 ]
-Seed = Annotated[int, typer.Option(help="Of calibration images, their order and augmentation.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of calibration images, their order and augmentation.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 Json = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON to this file as well.", callback=to_write)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ def _each_model(values: list[str]) -> list[str]:
     return [check_model(value) for value in values]
 
 
+def _each_attack(values: list[str]) -> list[str]:
+    if unknown := [value for value in values if value not in ATTACK_NAMES]:
+        raise typer.BadParameter(f"{unknown[0]!r} is unknown: give some of {', '.join(ATTACK_NAMES)}")
+    return values
+
+
 def _each_data(values: list[str]) -> list[str]:
     return [check_data(value) for value in values]
 
@@ -81,7 +88,7 @@ def curves(
         networks = {title: (s.network, s.calibration) for title, s in zip(_titles(sources), sources, strict=True)}
         return studies.curves(networks, k=k, samples=samples, repeats=repeats, parts=parts)
 
-    _run(out, resume, [model, list(map(str, weights)), data, k, samples, repeats, seed], study)
+    _run(out, resume, [model, weights, data, k, samples, repeats, seed], study)
 
 
 @app.command()
@@ -96,7 +103,7 @@ def separation(
         source = _Source(model, weights, data, data_dir, device, seed)
         return studies.separation(source.network, source.calibration, k=k, samples=samples, seed=seed, parts=parts)
 
-    _run(out, resume, [model, str(weights), data, k, samples, seed], study)
+    _run(out, resume, [model, weights, data, k, samples, seed], study)
 
 
 @app.command()
@@ -123,14 +130,15 @@ def training(
         save(network, out / "model.safetensors")
         return done
 
-    _run(out, resume, [model, str(weights), data, epochs, lr, k, samples, seed], study)
+    _run(out, resume, [model, weights, data, epochs, lr, k, samples, seed], study)
 
 
 @app.command()
 def attacks(
     model: Model, weights: Weights, out: Out, data: Data = "cifar10", data_dir: DataDir = Path("data"),
-    attack: Annotated[list[str], typer.Option(help=f"Some of {', '.join(ATTACK_NAMES)}; all if not given.")]
-    = list(ATTACK_NAMES),  # noqa: B006
+    attack: Annotated[
+        list[str], typer.Option(help=f"Some of {', '.join(ATTACK_NAMES)}; all if not given.", callback=_each_attack)
+    ] = list(ATTACK_NAMES),  # noqa: B006
     k: K = 3, samples: Samples = 500, device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """Q of test images under six attacks against the same images clean."""
@@ -142,7 +150,7 @@ def attacks(
         normal = {"mean": test.data.mean, "std": test.data.std}
         return studies.attacks(source.network, test, **normal, names=attack, k=k, samples=samples, parts=parts)
 
-    _run(out, resume, [model, str(weights), data, attack, k, samples], study)
+    _run(out, resume, [model, weights, data, attack, k, samples], study)
 
 
 @app.command()
@@ -161,7 +169,7 @@ def ablation(
         source = _Source(model, weights, data, data_dir, device, seed)
         return studies.ablation(source.network, source.calibration, ks=k, sizes=samples, repeats=repeats, parts=parts)
 
-    _run(out, resume, [model, str(weights), data, k, samples, repeats, seed], study)
+    _run(out, resume, [model, weights, data, k, samples, repeats, seed], study)
 
 
 @app.command()
@@ -181,7 +189,7 @@ def plateaus(
             samples=samples, repeats=repeats, parts=parts,
         )  # fmt: skip
 
-    _run(out, resume, [model, str(weights), data, cuts, epochs, lr, k, samples, repeats, seed], study)
+    _run(out, resume, [model, weights, data, cuts, epochs, lr, k, samples, repeats, seed], study)
 
 
 @app.command()
@@ -200,7 +208,7 @@ def redundancy(
             samples=samples, repeats=repeats, parts=parts,
         )  # fmt: skip
 
-    _run(out, resume, [model, str(weights), data, cuts, epochs, lr, k, samples, repeats, seed], study)
+    _run(out, resume, [model, weights, data, cuts, epochs, lr, k, samples, repeats, seed], study)
 
 
 @app.command()
@@ -218,7 +226,7 @@ def difference(
             source.network, source.calibration, k=k, samples=samples, repeats=repeats, parts=parts
         )
 
-    _run(out, resume, [model, str(weights), data, k, samples, repeats, seed], study)
+    _run(out, resume, [model, weights, data, k, samples, repeats, seed], study)
 
 
 def _titles(sources: list[_Source]) -> list[str]:
@@ -233,6 +241,7 @@ def _titles(sources: list[_Source]) -> list[str]:
 
 
 def _run(out: Path, resume: bool, arguments: list[Any], study: Callable[[Parts], Study]) -> None:
+    from modprune._files import alone
     from modprune._processes import started
     from modprune.checkpoints import check_writable
     from modprune.studies import Parts
@@ -240,13 +249,23 @@ def _run(out: Path, resume: bool, arguments: list[Any], study: Callable[[Parts],
     if started() > 1:
         raise ValueError(f"{started()} processes were started, and a study runs in one: start it without a launcher")
     check_writable(out)
-    parts = Parts(out / "parts.json", arguments, resume)
-    done = study(parts)
-    done.write(out)
-    parts.done()
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a training
+    with alone(out):
+        parts = Parts(out / "parts.json", [_known(argument) for argument in arguments], resume)
+        done = study(parts)
+        done.write(out)
+        parts.done()
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a training
     print(done.text)
     print(f"Written to {out}")
+
+
+def _known(argument: Any) -> Any:
+    """An argument as parts of a study are known by: a file of weights by what is in it."""
+    if isinstance(argument, list):
+        return [_known(item) for item in argument]
+    if not isinstance(argument, Path):
+        return argument
+    return hashlib.sha256(argument.read_bytes()).hexdigest()[:16] if argument.is_file() else str(argument)
 
 
 @dataclass(frozen=True)

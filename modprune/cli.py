@@ -36,6 +36,8 @@ from modprune._options import (
     to_write,
 )
 
+INTERRUPTED = 130  # as typer ends a command after Ctrl-C
+
 # Of click, which some versions of typer carry inside them.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
@@ -207,15 +209,11 @@ def prune(
     network = load_network(model, weights, device, data)
     train, test = load_data(data, data_dir, train=True), load_data(data, data_dir, train=False)
     recipe = Recipe(epochs=epochs, lr=lr) if epochs else None
-    try:
-        report = prune_job(
-            network, train, test, out, flops=flops, params=params, blocks=count, latency=latency, width=width,
-            criterion=criterion, recipe=recipe, batch_size=batch_size, pad=train.pad, seed=seed,
-            log_with=log_with, resume=resume,
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        print("modprune: interrupted; the same command with --resume goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
+    report = prune_job(
+        network, train, test, out, flops=flops, params=params, blocks=count, latency=latency, width=width,
+        criterion=criterion, recipe=recipe, batch_size=batch_size, pad=train.pad, seed=seed,
+        log_with=log_with, resume=resume,
+    )  # fmt: skip
     if place()[0] == 0:
         print(report)
         print(f"Written to {out}")
@@ -246,13 +244,18 @@ def evaluate(
 
 
 def main() -> None:
-    """The `modprune` command: 2 for wrong usage, 1 for every other error, one line each; 143 after SIGTERM."""
+    """The `modprune` command: 2 for wrong usage, 1 for every other error, one line each; 130 after Ctrl-C, 143 after
+    SIGTERM.
+    """
     from modprune._memory import keep_freed_memory
 
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        sys.exit(app(prog_name="modprune", standalone_mode=False))
+        code = app(prog_name="modprune", standalone_mode=False)
+        if code == INTERRUPTED:
+            print("modprune: interrupted; prune and study go on with --resume", file=sys.stderr)
+        sys.exit(code)
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()

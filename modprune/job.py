@@ -8,7 +8,8 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from modprune._environment import commit, environment
-from modprune._files import write_text
+from modprune._files import alone, write_text
 from modprune._inputs import device_of
 from modprune._processes import everyones, meet
 from modprune.checkpoints import check_empty, check_writable
 from modprune.criteria import Criterion, fitted, name_of, resolve
 from modprune.data import ImageData, ImageLoader, calibration
 from modprune.distill import CachedTeacher
-from modprune.finetune import finetune
+from modprune.finetune import Epoch, finetune
 from modprune.picture import save_picture
 from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
@@ -77,12 +78,13 @@ def prune_job(
             the report is made again and nothing else is done.
 
     Raises:
-        ValueError: for a budget that cannot be met, a folder with an unfinished run without `resume`, or with a run of
-            other arguments, weights or images (but for the number of epochs, while it is unfinished).
+        ValueError: for a budget that cannot be met, test images of another kind than the training images, a folder
+            where another run is at work, with an unfinished run without `resume`, or with a run of other arguments,
+            weights or images (but for the number of epochs, while it is unfinished).
         OSError: if `out` cannot be written.
     """
     out, device = Path(out), device_of(model)
-    first, checkpoints = meet(device), out / "checkpoints"
+    first = meet(device)
     budgets = {"flops": flops, "params": params, "blocks": blocks, "latency": latency, "width": width}
     rest = {"recipe": recipe and asdict(recipe), "batch_size": batch_size, "pad": pad, "seed": seed}
     made_of = {
@@ -98,40 +100,55 @@ def prune_job(
     check_writable(out)
     if not 1 <= batch_size <= len(train):
         raise ValueError(f"batch_size={batch_size}: from 1 to the {len(train)} training images is needed")
-    if resume:
-        if _check_same(out, arguments):
+    kinds = [f"{data.num_classes} classes of {tuple(data.images.shape[1:])}" for data in (train, test)]
+    if len(test) == 0 or kinds[0] != kinds[1]:
+        raise ValueError(f"test: {len(test)} images, {kinds[1]}, where the training images are {kinds[0]}: give such")
+    with alone(out) if first else nullcontext():
+        if resume and _check_same(out, arguments):
             return _report_anew(model, test, out)
-    else:
-        check_empty(checkpoints)
-    example = torch.zeros(1, *train.images.shape[1:], device=device)
-    plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
-    if plan is None:
-        images = calibration(train, seed, device)
-        scorer = fitted(criterion, images.samples)
-        pruner = ModularityPruner(model, example, images, scorer, **budgets)  # type: ignore[arg-type]
-        plan = pruner.plan()
+        if not resume:
+            check_empty(out / "checkpoints")
+        example = torch.zeros(1, *train.images.shape[1:], device=device)
+        plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
+        if plan is None:
+            images = calibration(train, seed, device)
+            scorer = fitted(criterion, images.samples)
+            pruner = ModularityPruner(model, example, images, scorer, **budgets)  # type: ignore[arg-type]
+            plan = pruner.plan()
+            if first:
+                _begin(out, arguments, device)
+                _write_plan(pruner, out)
+        pruned = plan.apply(copy.deepcopy(model), example)
+        if recipe is not None:
+            loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device)
+            with trackers(log_with if first else (), out, arguments) as log:
+                _recover(pruned, model, loader, recipe, out, resume, log if first else None)
+        report = compare(model, pruned, example, ImageLoader(test, 100, device=device))
         if first:
-            _begin(out, arguments, device)
-            _write_plan(pruner, out)
-    pruned = plan.apply(copy.deepcopy(model), example)
-    if recipe is not None:
-        loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device)
-        teacher = CachedTeacher(model, len(train))
-        pruned.to(memory_format=torch.channels_last)
-        with trackers(log_with if first else (), out, arguments) as log:
-            finetune(
-                pruned, loader, teacher=teacher, checkpoints=checkpoints, resume=resume,
-                after_epoch=log if first else None, **asdict(recipe),
-            )  # fmt: skip
-    pruned.to(memory_format=torch.contiguous_format)  # as the original, for the clock
-    report = compare(model, pruned, example, ImageLoader(test, 100, device=device))
-    if first:
-        save(pruned, out / "model.safetensors")
-        _write_report(report, plan, out)
-        _describe(out, arguments, device, finished=True)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    everyones(None)  # nobody goes on before the files are there
+            save(pruned, out / "model.safetensors")
+            _write_report(report, plan, out)
+            _describe(out, arguments, device, finished=True)
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        everyones(None)  # nobody goes on before the files are there
     return report
+
+
+def _recover(
+    pruned: nn.Module,
+    original: nn.Module,
+    loader: ImageLoader,
+    recipe: Recipe,
+    out: Path,
+    resume: bool,
+    log: Callable[[Epoch], None] | None,
+) -> None:
+    """Fine-tune what is left, taught by the original."""
+    pruned.to(memory_format=torch.channels_last)
+    finetune(
+        pruned, loader, teacher=CachedTeacher(original, len(loader.data)), checkpoints=out / "checkpoints",
+        resume=resume, after_epoch=log, **asdict(recipe),
+    )  # fmt: skip
+    pruned.to(memory_format=torch.contiguous_format)  # as the original, for the clock
 
 
 def _constants(criterion: Criterion) -> str:

@@ -98,6 +98,8 @@ def _made(what: str, kind: type[T], make: Callable[..., Any], *arguments: Any) -
         made = make(*arguments)
     except (ValueError, ImportError) as error:
         raise ValueError(f"{what}: {first_line(error)}") from None
+    except SystemExit as error:
+        raise RuntimeError(f"{what} cannot be built: it calls sys.exit; let it do so as a script alone") from error
     except Exception as error:
         raise RuntimeError(f"{what} cannot be built: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(made, kind):

@@ -127,6 +127,8 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         if "modprune" not in metadata:
             raise
         raise ValueError(f"{error}; a pruned network in a file of modprune.save is what modprune.load reads") from None
+    if broken := [name for name, tensor in tensors.items() if tensor.isnan().any()]:
+        raise ValueError(f"{path}: {broken[0]} holds NaN, as after a training that diverged; give earlier weights")
     _fill(model, tensors)
     return model
 
@@ -152,11 +154,8 @@ def _take_shape(
         raise ValueError(f"{path}: a file of another network: {error}") from error
     _check_fit(path, model, tensors)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name not in tensors:  # not to be saved
-            continue
-        if tensor.is_floating_point() != tensors[name].is_floating_point():
-            raise ValueError(f"{path}: {name} is of {tensors[name].dtype} there and of {tensor.dtype} here")
-        tensor.data = tensor.data.to(tensors[name].dtype)
+        if name in tensors:
+            tensor.data = tensor.data.to(tensors[name].dtype)
 
 
 def _unsaved(model: nn.Module) -> dict[str, Tensor]:
@@ -178,6 +177,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except OSError as error:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path}: a folder; give the .safetensors file in it") from None
         raise OSError(f"{path}: cannot be read ({error})") from None
     except Exception as error:  # safetensors raises a class of its own
         raise ValueError(f"{path}: not a whole safetensors file ({str(error)[:80]}); give a whole one") from None
@@ -249,9 +250,16 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _check_fit(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    mine = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    """Raises ValueError unless these are tensors of the model's names, shapes and kinds of number."""
+    own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    mine = {name: tuple(t.shape) for name, t in own.items()}
     other = {name: tuple(t.shape) for name, t in tensors.items()}
     if mine == other:
+        for name, tensor in tensors.items():
+            if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+                raise ValueError(f"{path}: {name} is sparse, quantized or without values: save a plain state dict")
+            if _kind(tensor) != _kind(own[name]):
+                raise ValueError(f"{path}: {name} is of {tensor.dtype} there and of {own[name].dtype} here")
         return
     differing = [n for n in mine if n in other and mine[n] != other[n]]
     missing, extra = [n for n in mine if n not in other], [n for n in other if n not in mine]
@@ -261,6 +269,10 @@ def _check_fit(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]
     )  # fmt: skip
     count = len(differing) + len(missing) + len(extra)
     raise ValueError(f"{path}: weights of another network or number of classes: {detail} ({count} names differ)")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def checksum(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import accelerate.utils
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from modprune._files import write_text
@@ -48,19 +49,18 @@ def trackers(names: Sequence[str], folder: Path, arguments: Mapping[str, Any]) -
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for a name that accelerate does not know."""
+    """Raises ValueError for a name that accelerate does not know, or of what is not installed."""
     for name in names:
         if name not in KNOWN:
             raise ValueError(f"log_with={name!r}: accelerate has no such tracker: give some of {', '.join(KNOWN)}")
+        if not getattr(accelerate.utils, f"is_{name}_available")():
+            raise ValueError(f"log_with={name!r} is not installed: pip install {name}")
 
 
 def _started(name: str, folder: Path, arguments: Mapping[str, Any]) -> Any:
     place = {"logging_dir": str(folder.parent)} if KNOWN[name].requires_logging_directory else {}
-    try:
-        tracker = KNOWN[name](folder.name, **place)
-        tracker.start()
-    except ImportError:
-        raise ValueError(f"log_with={name!r} is not installed: pip install {name}") from None
+    tracker = KNOWN[name](folder.name, **place)
+    tracker.start()
     plain = {key: value for key, value in arguments.items() if isinstance(value, (int, float, str))}
     tracker.store_init_configuration(plain)
     return tracker

@@ -47,10 +47,12 @@ def choose_cuts(
     keep = {m for name in ignored for m in trial.get_submodule(name).modules()}
     layers = {layer for layer in inner_layers(trial, blocks, example_inputs) if layer not in keep}
     cuts = prune_channels(trial, example_inputs, ratio, layers) if layers else []
+    if layers and not cuts:
+        raise ValueError(f"width={ratio}: torch-pruning cuts none of {len(layers)} layers so: give another fraction")
     if not cuts:
         raise ValueError(
-            f"width={ratio}: {type(model).__name__} has no channels inside its blocks that can go alone: "
-            "shortcuts carry them, or they are split, joined or normalised with others"
+            f"width={ratio}: {type(model).__name__} has no channels inside the blocks that stay that can go alone: "
+            "shortcuts carry them, or they are split, joined or normalised with others, or no block stays"
         )
     return tuple(cuts)
 

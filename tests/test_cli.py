@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from modprune import PruningPlan, count_params, load
+from modprune import PruningPlan, count_params, load, studies
 from modprune._options import CRITERION_NAMES
 from modprune.cli import app, main
 from modprune.criteria import CRITERIA
@@ -333,4 +334,27 @@ def test_an_interrupted_study_has_to_be_resumed(weights, tmp_path):
     (tmp_path / "parts.json").write_text('{"arguments": [], "parts": {}}')
     shared = ["study", "difference", "--model", "resnet20", "--weights", weights, "--data", "digits", "--out", tmp_path]
     assert "holds an unfinished study: resume it" in str(in_process(*shared).exception)
-    assert "parts of a study with other arguments" in str(in_process(*shared, "--resume").exception)
+    assert "of a study with other arguments or weights" in str(in_process(*shared, "--resume").exception)
+
+
+def test_parts_of_a_study_are_those_of_the_weights_not_of_their_path(weights, tmp_path, monkeypatch):
+    def cut_short(*_, **options):
+        options["parts"].keep("one", 1)
+        raise KeyboardInterrupt
+
+    shared = ["study", "difference", "--model", "resnet20", "--data", "digits", "--out", tmp_path / "out", "--weights"]
+    moved, other = tmp_path / "moved.pt", tmp_path / "other.pt"
+    shutil.copyfile(weights, moved)
+    torch.save(resnet20().state_dict(), other)
+    with monkeypatch.context() as patch:
+        patch.setattr(studies, "difference", cut_short)
+        assert in_process(*shared, weights).exit_code == 130
+    assert "other arguments or weights" in str(in_process(*shared, other, "--resume").exception)
+    assert in_process(*shared, moved, "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize("wrong", ["attacks --attack nope", "difference --seed -1", "separation --seed 4294967296"])
+def test_wrong_usage_of_studies_makes_no_folder(wrong, weights, tmp_path):
+    shared = ["--model", "resnet20", "--weights", weights, "--data", "digits", "--out", tmp_path / "out"]
+    assert in_process("study", *wrong.split(), *shared).exit_code == 2
+    assert not (tmp_path / "out").exists()

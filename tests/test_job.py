@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import torch
 
 from modprune import count_params, load
 from modprune import job as jobs
+from modprune._files import alone
 from modprune.criteria import BlockScores, Modularity, Random
 from modprune.data import digits
 from modprune.job import prune_job
@@ -61,6 +62,29 @@ def test_a_run_into_the_folder_of_another_never_ends_with_its_results(tmp_path, 
     assert len(json.loads((tmp_path / "plan.json").read_text())["remove"]) == 4
     assert report.pruned.params == count_params(load(tmp_path / "model.safetensors"))
     assert report.params_removed > 0.05
+
+
+@pytest.mark.parametrize("odd", ["empty", "classes", "shape"])
+def test_test_images_of_another_kind_are_told_before_the_work(odd, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "ModularityPruner", lambda *_, **__: pytest.fail("measured before it looked"))
+    train, test = digits(True), digits(False)
+    of_kind = {
+        "empty": test.subset(torch.arange(0)),
+        "classes": replace(test, num_classes=11),
+        "shape": replace(test, images=test.images[:, :, :7]),
+    }
+    with pytest.raises(
+        ValueError, match=r"test: \d+ images, 1\d classes of .* where the training images are 10 classes"
+    ):
+        prune_job(resnet20(), train, of_kind[odd], tmp_path, blocks=1)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with alone(tmp_path), pytest.raises(ValueError, match="another run is at work there"):
+        prune_job(resnet20(), digits(True), digits(False), tmp_path, criterion="l1_norm", blocks=1)
+    assert list(tmp_path.iterdir()) == []
+    with alone(tmp_path):
+        pass
 
 
 def size_of(model, blocks):

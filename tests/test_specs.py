@@ -80,6 +80,7 @@ def three(train):
 
 def text(train): return "images"
 def broken(train): return {}["images"]
+def ending(train): raise SystemExit(0)
 """
 
 
@@ -105,6 +106,7 @@ def test_shapes_that_need_no_files_are_those_of_the_data(cifar10_dir):
         ("cifar11", ValueError, "data 'cifar11' is unknown: give one of cifar10, cifar100, digits, or path/to/file.py"),
         ("{here}/d.py:gone", ValueError, r"d\.py has no function 'gone'"),
         ("{here}/d.py:text", ValueError, r"gives str, not ImageData"),
+        ("{here}/d.py:ending", RuntimeError, "cannot be built: it calls sys.exit"),
         ("{here}/d.py:broken", RuntimeError, "cannot be built: KeyError: 'images'"),
     ],
 )

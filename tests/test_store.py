@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 
@@ -290,6 +291,32 @@ def test_buffers_that_are_not_saved_come_back_in_their_precision(tmp_path):
     assert [b.dtype for b in again.buffers()] == [b.dtype for b in model.buffers()]
     x = torch.randn(3, 4).bfloat16()
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.fill_(math.nan), "linear.weight holds NaN"),
+        (torch.Tensor.to_sparse, "linear.weight is sparse"),
+        (lambda t: t.to("meta"), "linear.weight is sparse, quantized or without values"),
+        (torch.Tensor.char, r"linear.weight is of torch.int8 there and of torch.float32 here"),
+        (lambda t: t.to(torch.complex64), "linear.weight is of torch.complex64 there"),
+    ],
+)
+def test_weights_that_are_no_numbers_for_the_network(change, message, tmp_path):
+    state = resnet20().state_dict()
+    state["linear.weight"] = change(state["linear.weight"].clone())
+    torch.save(state, tmp_path / "odd.pt")
+    model = resnet20()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, tmp_path / "odd.pt")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_folder_of_weights_is_told(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"a folder; give the \.safetensors file in it"):
+        load(tmp_path)
 
 
 class Evil:

@@ -193,6 +193,13 @@ def test_plateaus_follow_the_gain_and_keep_the_rest(network, tmp_path):
         studies.plateaus(network, calibration(), train(), cuts=(9,), **SMALL)
 
 
+def test_too_large_cuts_are_told_before_the_work(network):
+    kept = Parts()
+    with pytest.raises(ValueError, match=r"cuts=\(9,\): from 1 to 8 blocks can be cut"):
+        studies.plateaus(network, calibration(), train(), cuts=(9,), samples=60, repeats=1, parts=kept)
+    assert kept.known == {}
+
+
 def test_redundancy_cuts_both_ends(network, tmp_path):
     study = studies.redundancy(network, calibration(), train(), held_out(), cuts=2, epochs=1, **SMALL)
     numbers = written(study, tmp_path)
@@ -247,7 +254,7 @@ def test_parts_are_kept_and_guarded(tmp_path):
     assert len(calls) == 1
     with pytest.raises(ValueError, match="holds an unfinished study: resume it"):
         Parts(path, {"k": 3})
-    with pytest.raises(ValueError, match="other arguments: give another folder"):
+    with pytest.raises(ValueError, match="other arguments or weights: delete it, or give another folder"):
         Parts(path, {"k": 5}, resume=True)
     for text in ("{}", "[1]", '{"arguments": {"k": 3}, "par'):
         path.write_text(text)

@@ -49,14 +49,15 @@ def plateaus(
         ValueError: as `modularity_curve`, and for cuts of more blocks than there are.
     """
     parts, example = parts or Parts(), first_sample(loader)
-    layers = layers_of(model, example)
+    layers, removable = layers_of(model, example), find_blocks(model, example).names
+    most = len(set(removable) & set(layers[1:])) - 1
+    if not 0 < min(cuts) <= max(cuts) <= most:
+        raise ValueError(f"cuts={tuple(cuts)}: from 1 to {most} blocks can be cut")
     images = [piece for sample in drawn(model, loader, samples, repeats) for piece in sample]  # the same for all cuts
     whole = np.array(
         parts("whole", lambda: modularity_curve(model, images, k, samples, repeats, layers=layers).q.tolist())
     )
-    order = by_gain(ModularityCurve(layers, whole), find_blocks(model, example).names)
-    if not 0 < min(cuts) <= max(cuts) < len(order):
-        raise ValueError(f"cuts={tuple(cuts)}: from 1 to {len(order) - 1} blocks can be cut")
+    order = by_gain(ModularityCurve(layers, whole), removable)
 
     def measured(count: int) -> dict[str, Any]:
         pruned = cut(model, order[:count], example)

@@ -120,14 +120,16 @@ class Parts:
         if self.path is None or not self.path.exists():
             return
         if not resume:
-            raise ValueError(f"{self.path}: holds an unfinished study: resume it, or give another folder")
+            raise ValueError(f"{self.path}: holds an unfinished study: resume it, delete it, or give another folder")
         try:
             held = json.loads(self.path.read_text())
             known, theirs = held["parts"], held["arguments"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{self.path}: holds no parts of a study: delete it, or give another folder") from None
         if theirs != self.arguments:
-            raise ValueError(f"{self.path}: holds parts of a study with other arguments: give another folder")
+            raise ValueError(
+                f"{self.path}: of a study with other arguments or weights: delete it, or give another folder"
+            )
         self.known = known
 
     def __call__(self, name: str, make: Callable[..., Any], *arguments: Any) -> Any:

@@ -20,7 +20,7 @@ from modprune._inputs import arguments, call, evaluating, first_tensor, map_valu
 SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
 ACTIVATIONS = (
     *("Relu", "Hardtanh", "Gelu", "Silu", "Hardswish", "LeakyRelu", "Elu", "Mish", "Clamp", "Threshold", "Softplus"),
-    *("PreluKernel", "RreluWithNoise"),
+    *("PreluKernel", "RreluWithNoise", "Tanh", "Celu"),
 )
 LAYOUT = (
     *("View", "UnsafeView", "Reshape", "Alias", "Permute", "Transpose", "TBackward", "Roll", "Clone"),
@@ -34,7 +34,7 @@ NORMS = (
 # What a value is made from, as bits: parameters, the value that a walk starts from.
 _LEARNED, _FROM_START = 1, 2
 
-_TORCHS_OWN = frozenset(vars(nn.Module()))
+TORCHS_OWN = frozenset(vars(nn.Module()))
 
 Edge = tuple[Any, int]
 """A value in autograd's graph: the node that made it, and which of that node's outputs it is."""
@@ -76,12 +76,12 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes that are no part of torch's own state; dicts and lists as they are now."""
     values = vars(module)
-    plain = {name: values[name] for name in values.keys() - _TORCHS_OWN}
+    plain = {name: values[name] for name in values.keys() - TORCHS_OWN}
     return {name: copy.copy(value) if type(value) in (dict, list) else value for name, value in plain.items()}
 
 
 def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
-    for name in vars(module).keys() - _TORCHS_OWN:
+    for name in vars(module).keys() - TORCHS_OWN:
         value = vars(module)[name]
         if value is before.get(name) or not differentiable_tensors(value):
             continue
@@ -360,8 +360,10 @@ def last_sum(end: Any) -> Any:
 
     Of two values as they are and of its own shape: in the place of the sum, a smaller one would not fit.
     """
-    while is_any(end, ACTIVATIONS + LAYOUT) and end.next_functions[0][0] is not None:
-        end = end.next_functions[0][0]
+    while (is_any(end, ACTIVATIONS + LAYOUT) and end.next_functions[0][0] is not None) or (
+        is_any(end, SUMS) and len(operands(end)) == 1  # of a number, as where RepVGG has no identity
+    ):
+        end = operands(end)[0]
     if not is_any(end, SUMS) or _unscaled(end) != (0, 1) or len(operands(end)) != 2:
         return None
     return end if all(_shape(made) == _shape((end, 0)) for made in end.next_functions if made[0]) else None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from modprune._autograd import NORMS, Call, between, is_any, is_composite
+from modprune._autograd import NORMS, Call, between, first_line, is_any, is_composite
 from modprune._inputs import first_tensor
+from modprune._trace import traced_and_run
 
 
 def without_parameters(seen: Call) -> str:
@@ -19,6 +20,22 @@ def without_parameters(seen: Call) -> str:
     x = _few_values(seen.x)
     y = _output(seen, x, 0)
     return "other" if y is None else "same" if torch.equal(y, x) else "reordered" if _is_reordered(y, x) else "other"
+
+
+def check_shortcut(seen: Call) -> None:
+    """Raises ValueError unless what would stay of a transition is what its shortcut is while the whole block runs."""
+    args, kwargs = _replace_first(seen.args, seen.kwargs, seen.x.clone())
+    again = _replace_first(seen.args, seen.kwargs, seen.x.clone())
+    try:
+        with torch.no_grad():
+            out = first_tensor(seen.module(*args, **kwargs))
+            made, within, alone = traced_and_run(seen.module, *again)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"what torch.fx traces of it does not run ({first_line(error):.80})") from None
+    if not _are_close(first_tensor(made), out) or not _are_close(alone, within):
+        raise ValueError("what torch.fx traces of it, or its shortcut by itself, gives other values")
 
 
 def is_own_norm(seen: Call) -> bool:
@@ -45,6 +62,12 @@ def filled(module: nn.Module, value: float) -> Iterator[None]:
     finally:
         for (inner, name), parameter in zip(places, originals, strict=True):
             inner._parameters[name] = parameter
+
+
+def _are_close(y: Any, x: Any) -> bool:
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.shape != y.shape:
+        return False
+    return not x.numel() or bool((x - y).abs().amax() <= 1e-2 * x.abs().amax())
 
 
 def _few_values(x: Tensor) -> Tensor:

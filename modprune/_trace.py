@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from modprune._autograd import first_line
-from modprune._inputs import evaluating
+from modprune._autograd import TORCHS_OWN, first_line
+from modprune._inputs import evaluating, map_values
 
 MARK = "modprune_kind"
 # What a shortcut may pass through in a traced block; the autograd names in `_autograd` say the same of a run one.
@@ -20,12 +23,17 @@ _SUMS = ("add", "iadd", "add_")
 _SILENT = (
     *("relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "softplus"),
     *("view", "reshape", "flatten", "permute", "transpose", "swapaxes", "contiguous", "roll"),
-    *("squeeze", "unsqueeze", "to", "dropout", "stochastic_depth"),
+    *("squeeze", "unsqueeze", "to", "dropout", "stochastic_depth", "tanh", "celu"),
 )
 _SILENT_LAYERS = (
     *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus),
     *(nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten),
+    *(nn.Tanh, nn.CELU),
 )
+_NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
+_NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm)
+# What is asked of a value other than its values.
+_QUESTIONS = ("size", "shape", "dim", "ndim", "ndimension", "dtype", "device", "numel", "element_size", "stride")
 
 
 def shortcut_only(block: nn.Module) -> fx.GraphModule:
@@ -34,16 +42,60 @@ def shortcut_only(block: nn.Module) -> fx.GraphModule:
     Raises:
         ValueError: if torch.fx cannot trace the block or it does not end in a sum of two values made from its input.
     """
-    graph, total, side = _shortcut(block)
-    total.replace_all_uses_with(side)
-    whole = fx.GraphModule(block, graph)
-    whole.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target is not torch._assert)
-    kept = fx.GraphModule(whole, whole.graph, class_name=type(block).__name__)  # copies what the graph names
+    with _attributes_kept(block):
+        graph, total, side = _shortcut(block)
+        total.replace_all_uses_with(side)
+        kept = _lean(block, graph)
     for inner, module in kept.named_modules():
         module.training = block.get_submodule(inner).training
     lasting = {name: value for name, value in notes(block).items() if not hasattr(kept, name)} | {MARK: "transition"}
     set_lasting(kept, lasting)
     return kept
+
+
+def traced_and_run(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """What a traced block gives for arguments, its shortcut within it, and its shortcut when nothing else is run.
+
+    Raises:
+        ValueError: as `shortcut_only`.
+    """
+    again, kwagain = map_values(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
+    with _attributes_kept(block):
+        graph, _, side = _shortcut(block)
+        with graph.inserting_after(side):
+            noted = graph.call_method("clone", (side,))
+        output = graph.output_node()
+        output.args = ((output.args[0], noted),)
+        made, within = fx.GraphModule(block, graph).forward(*args, **kwargs)  # called, it would print errors
+        output.args = (side,)
+        graph.erase_node(noted)
+        return made, within, _lean(block, graph).forward(*again, **kwagain)
+
+
+def _lean(block: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A traced block without what does not count for its output."""
+    whole = fx.GraphModule(block, graph)
+    whole.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target is not torch._assert)
+    return fx.GraphModule(whole, whole.graph, class_name=type(block).__name__)  # copies what the graph names
+
+
+@contextmanager
+def _attributes_kept(block: nn.Module) -> Iterator[None]:
+    """What the trace of a block leaves in it goes again: constants, and in notes of its own what stands for a value."""
+    own = [
+        (module, {name: vars(module)[name] for name in vars(module).keys() - TORCHS_OWN}) for module in block.modules()
+    ]
+    contents = [(held, copy.copy(held)) for _, values in own for held in values.values() if type(held) in (dict, list)]
+    try:
+        yield
+    finally:
+        for module, values in own:
+            for name in vars(module).keys() - TORCHS_OWN - values.keys():
+                delattr(module, name)
+            vars(module).update(values)
+        for held, before in contents:
+            held.clear()
+            held.update(before) if isinstance(held, dict) else held.extend(before)
 
 
 def set_lasting(module: nn.Module, values: dict[str, Any]) -> None:
@@ -61,14 +113,22 @@ def notes(block: nn.Module) -> dict[str, Any]:
     """
     classes = type(block).__mro__[: type(block).__mro__.index(nn.Module)]
     values = {name: value for one in reversed(classes) for name, value in vars(one).items()} | vars(block)
-    plain = {name: value for name, value in values.items() if isinstance(value, (int, float, str, type(None)))}
+    plain = {name: value for name, value in values.items() if _is_plain(value)}
     inside = {name: SimpleNamespace(**notes(child)) for name, child in block.named_children()}
     return {name: value for name, value in (plain | inside).items() if not name.startswith("_")}
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (int, float, str, type(None)))
+
+
 def shortcut_parameters(block: nn.Module) -> set[int]:
     """The parameters, by `id`, that `shortcut_only` would keep; its errors."""
-    return set(_params_behind(_shortcut(block)[2], block))
+    with _attributes_kept(block):
+        graph, total, side = _shortcut(block)
+        return set(_params_of(_behind(side) | (_behind(_output(graph)) - _behind(total)), block))
 
 
 def traced_kind(block: nn.Module) -> str:
@@ -77,10 +137,11 @@ def traced_kind(block: nn.Module) -> str:
     Raises:
         ValueError: if torch.fx cannot trace the block.
     """
-    kinds = [
-        "identity" if _has_identity_path(graph, block) else "transition" if _last_sum(graph, block)[0] else ""
-        for graph in _graphs(block)
-    ]
+    with _attributes_kept(block):
+        kinds = [
+            "identity" if _has_identity_path(graph, block) else "transition" if _last_sum(graph, block)[0] else ""
+            for graph in _graphs(block)
+        ]
     return next(filter(None, kinds), "")
 
 
@@ -91,7 +152,8 @@ def traced_outputs(block: nn.Module) -> tuple[int, ...]:
         ValueError: if the block gives back something besides that is made in it, which others may use.
     """
     try:
-        graph = next(_graphs(block))
+        with _attributes_kept(block):
+            graph = next(_graphs(block))
     except ValueError:
         return ()  # most blocks that torch.fx cannot trace give a tensor; with example inputs there is no guess
     value, arguments = graph.output_node().args[0], list(graph.find_nodes(op="placeholder"))
@@ -107,8 +169,10 @@ def _shortcut(block: nn.Module) -> tuple[fx.Graph, fx.Node, fx.Node]:
     for graph in _graphs(block):
         total, sides = _last_sum(graph, block)
         if total is not None:
-            side = min(sides, key=lambda side: sum(_params_behind(side, block).values()))
+            side = min(sides, key=lambda side: sum(_params_of(_behind(side, values=True), block).values()))
             kept = _behind(side) | (_behind(_output(graph)) - _behind(total))
+            if _params_of(_behind(side), block).keys() != _params_of(_behind(side, values=True), block).keys():
+                raise ValueError("its shortcut asks its branch for a shape")
             if any(_asks_for_mode(node) for node in kept):
                 raise ValueError(
                     "its shortcut calls a function such as dropout with the mode of the moment, which a trace fixes: "
@@ -127,6 +191,8 @@ class _Shallow(fx.Tracer):
 
 def _graphs(block: nn.Module) -> Iterator[fx.Graph]:
     """The block traced with its sub-modules as they are, then, where it can be, down to torch's own layers."""
+    if "forward" in vars(block):
+        raise ValueError("torch.fx cannot trace it (its forward is set on the module itself)")
     problems = []
     for tracer in (_Shallow(autowrap_modules=()), fx.Tracer()):  # to wrap `math` takes as long as the trace
         try:
@@ -141,21 +207,24 @@ def _graphs(block: nn.Module) -> Iterator[fx.Graph]:
 
 
 def _has_identity_path(graph: fx.Graph, block: nn.Module) -> bool:
-    """Whether the output is the input plus something learned, but for activations and changes of layout."""
-    x, seen, stack = _input(graph), set(), [(_output(graph), False)]
+    """Whether the output is the input plus something learned, but for activations, changes of layout and norms after.
+
+    As `identity_path` has it of a block that has run.
+    """
+    x, seen, stack = _input(graph), set(), [(_output(graph), False, False)]
     while stack:
-        node, added = stack.pop()
-        if node is x and added:
+        step = node, added, normed = stack.pop()
+        if node is x and added and not normed:
             return True
-        if (node, added) in seen:
+        if step in seen:
             continue
-        seen.add((node, added))
+        seen.add(step)
         sides = _operands(node)
         for i, side in enumerate(sides):
-            other = sides[1 - i]
-            stack.append((side, added or (x in _behind(other) and bool(_params_behind(other, block)))))
-        if _is_silent(node, block):
-            stack.append((node.all_input_nodes[0], added))
+            other = _behind(sides[1 - i])
+            stack.append((side, added or (x in other and bool(_params_of(other, block))), False))
+        if (norm := _is_norm(node, block)) or _is_silent(node, block):
+            stack.append((node.all_input_nodes[0], added, normed or norm))
     return False
 
 
@@ -188,10 +257,18 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return sides if len(sides) == 2 else []
 
 
+def _is_norm(node: fx.Node, block: nn.Module) -> bool:
+    if node.op == "call_module":
+        return isinstance(block.get_submodule(str(node.target)), _NORM_LAYERS)
+    return node.op == "call_function" and _operation(node) in _NORMS
+
+
 def _is_silent(node: fx.Node, block: nn.Module) -> bool:
     if node.op == "call_module":
         module = block.get_submodule(str(node.target))
         return all(isinstance(m, _SILENT_LAYERS) for m in (module if isinstance(module, nn.Sequential) else [module]))
+    if node.op in ("call_function", "call_method") and _operation(node) in _SUMS:
+        return sum(isinstance(side, fx.Node) for side in node.args) == 1 and not node.kwargs  # of a number
     return node.op in ("call_function", "call_method") and _operation(node) in _SILENT
 
 
@@ -205,18 +282,25 @@ def _asks_for_mode(node: fx.Node) -> bool:
         return False
 
 
-def _behind(node: fx.Node) -> set[fx.Node]:
-    """The node and all that it is made from."""
+def _behind(node: fx.Node, values: bool = False) -> set[fx.Node]:
+    """The node and all that it is made from; or only that whose values it is made from, not their shapes alone."""
     seen, stack = {node}, [node]
     while stack:
-        new = set(stack.pop().all_input_nodes) - seen
+        here = stack.pop()
+        new = set() if values and _is_question(here) else set(here.all_input_nodes) - seen
         seen |= new
         stack += new
     return seen
 
 
-def _params_behind(node: fx.Node, block: nn.Module) -> dict[int, int]:
-    """Sizes of the parameters that a value is made from, by their `id`."""
-    used = [str(n.target) for n in _behind(node) if n.op in ("call_module", "get_attr")]
+def _is_question(node: fx.Node) -> bool:
+    """Whether a node asks a value for its shape or type."""
+    asked = node.args[1] if _operation(node) == "getattr" else _operation(node)
+    return node.op in ("call_function", "call_method") and asked in _QUESTIONS
+
+
+def _params_of(nodes: set[fx.Node], block: nn.Module) -> dict[int, int]:
+    """Sizes of the parameters that these nodes use, by their `id`."""
+    used = [str(n.target) for n in nodes if n.op in ("call_module", "get_attr")]
     named = block.named_parameters(remove_duplicate=False)
     return {id(p): p.numel() for key, p in named if any(key == u or key.startswith(u + ".") for u in used)}

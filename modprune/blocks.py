@@ -33,8 +33,8 @@ from modprune._autograd import (
     users,
 )
 from modprune._inputs import device_of, to_device
-from modprune._probe import is_own_norm, without_parameters
-from modprune._trace import shortcut_parameters
+from modprune._probe import check_shortcut, is_own_norm, without_parameters
+from modprune._trace import MARK, shortcut_parameters
 from modprune.bypass import activation_after, norm_after
 from modprune.cost import counted_macs
 
@@ -180,7 +180,7 @@ def _residual(
         try:
             if reason := _obstacle(seen, uses, held):
                 raise ValueError(reason)
-            kept = shortcut_parameters(seen.module) if kind == "transition" else set()
+            kept = _stays(seen) if kind == "transition" else set()
         except ValueError as error:
             if not inner:
                 refused[name] = str(error)
@@ -189,6 +189,15 @@ def _residual(
         refused = {n: refused[n] for n in refused if n not in inner}
         found[name] = kind, kept
     return {name: found[name] for name in calls if name in found}, refused
+
+
+def _stays(seen: Call) -> set[int]:
+    """The parameters of a transition's shortcut, by `id`; ValueError if it cannot be parted from the branch."""
+    kept = shortcut_parameters(seen.module)
+    if kept >= seen.own.keys():
+        raise ValueError("its branch has no parameters of its own")
+    check_shortcut(seen)
+    return kept
 
 
 def _checkpointed(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> dict[str, str]:
@@ -246,6 +255,7 @@ def _held(model: nn.Module) -> dict[nn.Module, str]:
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            items = [part for item in items for part in (item if isinstance(item, (list, tuple)) else [item])]
             if attribute != "_modules":
                 held |= {item: f"{name}.{attribute}".lstrip(".") for item in items if isinstance(item, nn.Module)}
     return held
@@ -259,6 +269,8 @@ def _obstacle(seen: Call, uses: dict[Any, set[Any]], held: dict[nn.Module, str])
         return f"it gives back a {seen.form}, neither a tensor nor a tuple"
     if _is_fed(seen):
         return "another layer feeds into it"
+    if any(getattr(inner, MARK, "") for inner in seen.module.modules()):
+        return "blocks inside it have been removed"
     if seen.module in held:
         return f"the list {held[seen.module]} holds it too, where nothing can take its place: use nn.ModuleList"
     assert seen.end is not None
@@ -332,8 +344,9 @@ def _describe(
     own = {name: [p for p in module._parameters.values() if p is not None] for name, module in inside.items()}
     freed = sum(p.numel() for p in _alone(inside, roots, places) if id(p) not in stays)
     staying = [name for name, ps in own.items() if any(id(p) in stays for p in ps)]
-    children = [f"{name}.{child}" for name in staying for child in inside[name]._modules]
-    alone = sum(macs.get(name, 0) for name in staying) - sum(macs.get(name, 0) for name in children)
+    counted = {name.partition(".parametrizations.")[0] for name in staying}  # the layer that its weight is made for
+    children = [f"{name}.{child}" for name in counted for child in inside[name]._modules]
+    alone = sum(macs.get(name, 0) for name in counted) - sum(macs.get(name, 0) for name in children)
     layers = tuple(name for name, ps in own.items() if ps and name not in staying)
     return Block(seen.name, kind, freed, macs[seen.name] - alone, layers, roots[-1], exact, seen.outputs)
 

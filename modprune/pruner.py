@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from modprune._autograd import first_line
 from modprune._processes import check_alike, everyones, from_first, place
 from modprune._random import undisturbed
 from modprune.blocks import Block, Blocks, find_blocks
@@ -160,8 +161,12 @@ class ModularityPruner:
         blocks = find_blocks(trial, self.example_inputs)
         ignored = [name for name in self.ignored if name in dict(trial.named_modules())]
         cuts = choose_cuts(trial, blocks, self.example_inputs, width, ignored)
-        narrow(trial, cuts, self.example_inputs)
-        left = count_macs(trial, self.example_inputs) / totals[0], count_params(trial) / totals[1]
+        try:
+            narrow(trial, cuts, self.example_inputs)
+            left = count_macs(trial, self.example_inputs) / totals[0], count_params(trial) / totals[1]
+        except RuntimeError as error:
+            problem = f"the model does not run on fewer channels ({first_line(error):.90})"
+            raise RuntimeError(f"width={width}: {problem}: give another fraction, or ignored_layers") from error
         return replace(plan, width=cuts, freed={**plan.freed, "flops": 1 - left[0], "params": 1 - left[1]})
 
 

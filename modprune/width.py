@@ -7,6 +7,7 @@ and torch-pruning's index mapping of it is not always right (the padded shortcut
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -19,8 +20,7 @@ from modprune._autograd import ACTIVATIONS, LAYOUT, SUMS, is_any
 from modprune._depgraph import Cut, cut_channels, dependency_graph, prune_channels
 from modprune.blocks import Blocks
 
-# Autograd's names of operations that keep channels apart. Views too: a feature that they fold together with others
-# shows in the number of channels that its consumer takes.
+# Autograd's names of operations that keep channels apart.
 APART = (
     *("Mul", "Sigmoid", "Hardsigmoid", "Mean", "AdaptiveAvgPool", "AvgPool", "MaxPool", "UpsampleNearest"),
     *("NativeBatchNorm", "CudnnBatchNorm"),
@@ -51,8 +51,8 @@ def choose_cuts(
         raise ValueError(f"width={ratio}: torch-pruning cuts none of {len(layers)} layers so: give another fraction")
     if not cuts:
         raise ValueError(
-            f"width={ratio}: {type(model).__name__} has no channels inside the blocks that stay that can go alone: "
-            "shortcuts carry them, or they are split, joined or normalised with others, or no block stays"
+            f"width={ratio}: {type(model).__name__} has no channels inside its blocks that can go alone: "
+            "shortcuts carry them, or they are split, joined or normalised with others, or no block is left"
         )
     return tuple(cuts)
 
@@ -166,7 +166,20 @@ def _keeps_apart(node: Any, root: nn.Module) -> bool:
     layer = isinstance(node.module, nn.Parameter) or any(True for _ in node.module.parameters())
     if layer or node.grad_fn is None or not is_any(node.grad_fn, SUMS + ACTIVATIONS + LAYOUT + APART):
         return False
-    return not (is_any(node.grad_fn, ("Mean", "Roll")) and _goes_along_channels(node.grad_fn, root))
+    if is_any(node.grad_fn, ("Mean", "Roll")):
+        return not _goes_along_channels(node.grad_fn, root)
+    if is_any(node.grad_fn, ("View", "UnsafeView", "Reshape")):
+        return _keeps_channels_whole(node.grad_fn, _outputs(root))
+    # Pools go along the last dimensions, where linear layers have their channels.
+    return isinstance(root, _ConvNd) or not is_any(node.grad_fn, ("AvgPool", "MaxPool", "AdaptiveAvgPool", "Upsample"))
+
+
+def _keeps_channels_whole(step: Any, channels: int) -> bool:
+    """Whether a view has a dimension of so many before and after, that it neither divides nor joins with others."""
+    before, output = step.next_functions[0]
+    shapes = [tuple(before._input_metadata[output].shape), tuple(step._input_metadata[0].shape)]
+    places = [{math.prod(shape[:i]) for i, size in enumerate(shape) if size == channels} for shape in shapes]
+    return bool(places[0] & places[1])
 
 
 def _goes_along_channels(step: Any, root: nn.Module) -> bool:

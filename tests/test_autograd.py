@@ -54,6 +54,7 @@ def test_buffers_and_random_numbers_come_back():
         (lambda x, w: x + x.sin(), "", 2),
         (lambda x, w: w * x, "", 0),
         (lambda x, w: torch.add(w * x, x, alpha=3), "", 0),
+        (lambda x, w: (x + w * x + 0).tanh(), "branch", 2),
         (lambda x, w: x + w * x + w * x, "branch", 2),
         (lambda x, w: F.layer_norm(x + w * x, (2,)), "branch", 0),  # post-norm
         (lambda x, w: F.group_norm(x + w * x, 2), "branch", 0),

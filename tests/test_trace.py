@@ -42,6 +42,7 @@ class Post(nn.Module):
     def __init__(self, join) -> None:
         super().__init__()
         self.f, self.silent, self.join = nn.Linear(4, 4), nn.Sequential(nn.Identity(), nn.Dropout()), join
+        self.norm = nn.LayerNorm(4)
 
     def forward(self, x):
         return self.join(self, x, self.f(x))
@@ -58,6 +59,10 @@ class Post(nn.Module):
         (lambda m, x, f: torch.add(f, x, alpha=2), ""),
         (lambda m, x, f: x * f, ""),
         (lambda m, x, f: x.sin() + 1, ""),
+        (lambda m, x, f: torch.tanh(x + f + 0), "identity"),
+        (lambda m, x, f: m.norm(x + f), "identity"),
+        (lambda m, x, f: nn.functional.layer_norm(x + f, (4,)).relu(), "identity"),
+        (lambda m, x, f: m.norm(x) + f, "transition"),
     ],
 )
 def test_the_kind_is_read_off_the_block_alone(join, kind):

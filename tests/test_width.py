@@ -194,6 +194,8 @@ class Gated(nn.Module):
         (lambda h: h * h.mean().sigmoid(), False),
         (lambda h: h.roll((1, 1), (2, 3)), True),
         (lambda h: h.roll(1, 1), False),
+        (lambda h: h.unflatten(1, (2, 4)).transpose(1, 2).reshape(h.shape), False),  # a channel shuffle
+        (lambda h: h.flatten(2).unflatten(2, h.shape[2:]), True),
     ],
 )
 def test_channels_that_are_averaged_or_rolled_together_stay(gate, apart):

@@ -1,0 +1,162 @@
+"""Of a transition the shortcut stays, with the values that it had in the block; or the block is refused."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from modprune import GradualPruning, PruningPlan, load, save
+from modprune.blocks import find_blocks
+from modprune.cost import count_macs, count_params
+
+X = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Transition(nn.Module):
+    """`join(self, x)` of a branch and a shortcut that halve the image and double the channels."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.join = join
+        self.branch, self.shortcut = nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.Conv2d(8, 16, 1, 2, bias=False)
+        self.wide, self.act, self.inner = nn.Conv2d(8, 16, 1), nn.PReLU(16), nn.ReLU(inplace=True)
+        self.register_buffer("kernel", torch.rand(16, 1, 1))
+        self.last, self.heard = None, []
+
+    def forward(self, x):
+        return self.join(self, x)
+
+
+class Masked(Transition):
+    def forward(self, x, mask=None):
+        return self.branch(x) + (self.shortcut(x) if mask is None else self.shortcut(x) * mask)
+
+
+def remembering(m, x):
+    y = m.branch(x) if m.last is None else 0.9 * m.branch(x) + 0.1 * m.last.mean()
+    m.last = y.detach()
+    m.heard.append(y)
+    return y + m.shortcut(x)
+
+
+def padded(m, x):
+    y, short = m.branch(x), F.avg_pool2d(x, 2)
+    return y + F.pad(short, (0, 0, 0, 0, 0, y.size(1) - short.size(1)))
+
+
+def network(join, kind=Transition) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(8, 8, 1), kind(join), nn.AdaptiveAvgPool2d(1)).eval()
+
+
+GOOD = {
+    "plain": lambda m, x: m.branch(x) + m.shortcut(x),
+    "activation after the sum": lambda m, x: m.act(m.branch(x) + m.shortcut(x)),
+    "shared with the branch": lambda m, x: m.act(m.act(m.branch(x)) + m.shortcut(x)),
+    "plus a number": lambda m, x: F.relu(m.branch(x) + m.shortcut(x) + 0),
+    "constants": lambda m, x: m.branch(x) + F.avg_pool2d(x, 2).repeat(1, 2, 1, 1) * m.kernel * torch.tensor(0.5),
+    "notes of its own": remembering,
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_stays_is_the_shortcut_and_comes_back_from_a_file(name, tmp_path):
+    model = network(GOOD[name])
+    model(X)
+    own, heard = set(vars(model[1])), list(model[1].heard)
+    block = find_blocks(model, X)[0]
+    assert block.kind == "transition"
+    assert set(vars(model[1])) == own
+    assert isinstance(model[1].last, torch.Tensor | None)  # and nothing of the trace
+    assert len(model[1].heard) == len(heard)
+    expected = copy.deepcopy(model)
+    nn.init.zeros_(expected[1].branch.weight)
+    expected[1].last = None
+    macs, params = count_macs(model, X), count_params(model)
+    PruningPlan((block.name,)).apply(model, X)
+    assert (macs - count_macs(model, X), params - count_params(model)) == (block.macs, block.params)
+    torch.testing.assert_close(model(X), expected(X))
+    save(model, tmp_path / "m.safetensors")
+    assert torch.equal(load(tmp_path / "m.safetensors", network(GOOD[name])).eval()(X), model(X))
+
+
+@pytest.mark.parametrize(
+    ("join", "reason"),
+    [
+        (lambda m, x: m.branch(m.inner(x)) + m.shortcut(x), "gives other values"),  # the shortcut sees what is written
+        (lambda m, x: (y := m.branch(x)) + F.interpolate(m.wide(x), size=y.shape[2:]), "asks its branch for a shape"),
+        (padded, "asks its branch for a shape"),
+    ],
+)
+def test_a_shortcut_that_cannot_be_parted_is_refused(join, reason):
+    blocks = find_blocks(network(join), X)
+    assert not blocks
+    assert reason in blocks.refused["1"]
+
+
+def test_a_trace_that_goes_another_way_than_the_block_is_refused_in_silence(capfd):
+    assert "does not run" in find_blocks(network(None, Masked), X).refused["1"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_forward_of_the_module_alone_is_refused():
+    model = network(GOOD["plain"])
+    model[1].forward = types.MethodType(lambda m, x: m.branch(x) + 0.5 * m.shortcut(x), model[1])
+    assert "its forward is set on the module itself" in find_blocks(model, X).refused["1"]
+
+
+def test_the_cost_of_a_parametrized_shortcut_stays():
+    model = network(GOOD["plain"])
+    spectral_norm(model[1].branch)
+    spectral_norm(model[1].shortcut)
+    block = find_blocks(model, X)[0]
+    macs, params = count_macs(model, X), count_params(model)
+    PruningPlan(("1",)).apply(model, X)
+    assert (macs - count_macs(model, X), params - count_params(model)) == (block.macs, block.params)
+
+
+class Attention(nn.Module):
+    """The layer of Compact Transformers: a norm after the first sum, none after the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm, self.mlp = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.norm(x + self.mix(x))
+        return x + self.mlp(x).relu()
+
+
+def test_a_plan_by_hand_removes_the_same_with_and_without_example_inputs():
+    model, x = nn.Sequential(nn.Linear(4, 8), Attention(), nn.Linear(8, 2)), torch.randn(3, 4)
+    one, other = (PruningPlan(("1",)).apply(copy.deepcopy(model), *given) for given in ((x,), ()))
+    assert torch.equal(one(x), other(x))
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def group() -> nn.Module:
+    inner = [Residual(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))) for _ in range(2)]
+    return Residual(nn.Sequential(*inner, nn.Conv2d(8, 8, 1)))
+
+
+def test_what_looks_like_a_block_once_others_are_gone_is_none():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), group(), group(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    whole = find_blocks(model, X).names
+    batches = [(X, torch.tensor([0, 1]))]
+    prune = GradualPruning(model, batches, "l1_norm", at=(1, 2), shares=(0.5, 1), blocks=4, example_inputs=X)
+    assert sorted(prune(1).remove + prune(2).remove) == sorted(whole)
+    assert find_blocks(model, X).refused == dict.fromkeys(("1", "2"), "blocks inside it have been removed")

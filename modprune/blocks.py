@@ -106,6 +106,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         ValueError: if the model is compiled, wrapped or sharded for several devices, or has no weights (meta device).
         RuntimeError: if the model cannot run on `example_inputs`; one line.
 
+    >>> import torch
     >>> from modprune.models import resnet20
     >>> blocks = find_blocks(resnet20(), torch.zeros(1, 3, 32, 32))
     >>> len(blocks), blocks[0].name, blocks[0].kind, blocks[0].params, blocks[3].kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +15,16 @@ from modprune import report
 from modprune.cost import latency
 
 SHARED = Path(os.environ.get("MODPRUNE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries have made by now stays for good: to look through it at every collection takes a while."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Some count at the end what is left of them."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

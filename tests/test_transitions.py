@@ -101,6 +101,10 @@ def test_a_shortcut_that_cannot_be_parted_is_refused(join, reason):
     assert reason in blocks.refused["1"]
 
 
+def test_values_that_overflow_say_nothing():
+    assert find_blocks(network(GOOD["plain"]), 1e38 * X).names == ("1",)
+
+
 def test_a_trace_that_goes_another_way_than_the_block_is_refused_in_silence(capfd):
     assert "does not run" in find_blocks(network(None, Masked), X).refused["1"]
     assert capfd.readouterr().err == ""

@@ -252,7 +252,8 @@ def test_processes_of_torchrun_share_the_work_and_one_writes(weights, tmp_path):
         ["prune", *shared, "--epochs", 1, "--out", tmp_path / "out"],
     ]
     (tmp_path / "each.py").write_text(
-        "import json, sys\nfrom modprune.cli import app\n"
+        "import atexit, json, sys\nimport torch.distributed as dist\nfrom modprune.cli import app\n"
+        "atexit.register(lambda: print('parted' if not dist.is_initialized() else 'together'))\n"  # runs last
         "for command in json.loads(sys.argv[1]):\n    app(command, standalone_mode=False)"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -260,7 +261,7 @@ def test_processes_of_torchrun_share_the_work_and_one_writes(weights, tmp_path):
     each = [*launch, str(tmp_path / "each.py"), texts]
     done = subprocess.run(each, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [done.stdout.count(once) for once in ("Written to", "2 blocks go", "spread")] == [1, 1, 1]
+    assert [done.stdout.count(word) for word in ("Written to", "2 blocks go", "spread", "parted")] == [1, 1, 1, 2]
     assert in_process("curve", *little, "--json", tmp_path / "one.json").exit_code == 0
     both, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("curve", "one"))
     assert np.allclose(both["q"], one["q"], atol=1e-6)

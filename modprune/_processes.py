@@ -23,17 +23,10 @@ def started() -> int:
 def meet(device: torch.device | str) -> bool:
     """Join the processes that were started with this one, if any; whether this one is the first."""
     if started() > 1 and not dist.is_initialized():
-        PartialState(cpu=torch.device(device).type == "cpu")
-        atexit.register(_part)
+        state = PartialState(cpu=torch.device(device).type == "cpu")
+        # Left to a process's last moments, the group's threads may abort it, and the launcher then ends the others.
+        atexit.register(state.destroy_process_group)
     return place()[0] == 0
-
-
-def _part() -> None:
-    """End the group while the interpreter still stands: its threads, left to the process's last moments, may abort it,
-    and the launcher then ends the others, who may yet be writing.
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def place() -> tuple[int, int]:

@@ -86,7 +86,9 @@ class Blocks(tuple[Block, ...]):
     def why_no_more(self) -> str:
         """What keeps everything else."""
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
-        return reasons or "no other module adds to its input, and no other convolution with a norm keeps the shape"
+        return reasons or (
+            "no other module adds to its input as it is, and no other convolution above 1x1 with a norm keeps the shape"
+        )
 
 
 def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:

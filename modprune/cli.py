@@ -174,10 +174,10 @@ def plan(
     for name, score in chosen.scores.items():
         print(f"{name:<{longest}} {score:+.4f}  {'remove' if name in chosen.remove else ''}".rstrip())
     freed = chosen.freed
-    channels = f" and {sum(len(c) for _, c in chosen.width)} channels" if chosen.width else ""
+    channels = f", channels: {sum(len(c) for _, c in chosen.width)}" if chosen.width else ""
     units = {"flops": "MACs", "params": "parameters", "latency": "time"}
     share = ", ".join(f"{value:.2%} of the {units[name]}" for name, value in freed.items())
-    print(f"{len(chosen.remove)} blocks{channels} go: {share}")
+    print(f"To go: blocks: {len(chosen.remove)}{channels}; {share}")
     if json_ is not None:
         chosen.to_json(json_)
 
@@ -260,7 +260,7 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
         else:
-            path = f"{error.ctx.command_path} --help" if error.ctx else "--help"
+            path = f"{error.ctx.command_path} --help" if error.ctx else "modprune --help"
             print(f"modprune: {' '.join(error.format_message().split()).rstrip('.')}; see {path}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:

@@ -95,18 +95,10 @@ def finetune(
     constants = Recipe(**recipe)  # type: ignore[arg-type]
     if (teacher.model if isinstance(teacher, CachedTeacher) else teacher) is model:
         raise ValueError("the teacher is the model itself, from which nothing is learnt: copy.deepcopy it beforehand")
-    if (resume or halvings) and checkpoints is None:
-        name = "resume=True" if resume else f"halvings={halvings}"
-        raise ValueError(f"{name} needs checkpoints=FOLDER: the folder that states are written to")
-    if halvings < 0:
-        raise ValueError(f"halvings={halvings}: at least 0 is needed")
     if isinstance(val_loader, Iterator):
         raise ValueError("val_loader can be read only once, not after every epoch: give a list or a DataLoader")
     folder = None if checkpoints is None else Path(checkpoints)
-    if folder is not None:
-        check_writable(folder)
-        if not resume:
-            check_empty(folder)
+    _check_folder(folder, resume, halvings)
     ended = nullcontext(Notice(SIGTERM, SIG_IGN)) if folder is None else put_off(SIGTERM)
     with ended as told, _accelerate_left_as_found(), modes_kept(model), teaching(teacher) as teach:
         run = _Run(model, train_loader, teacher, constants, folder)
@@ -133,6 +125,19 @@ def finetune(
                 if told.anywhere():
                     told.obey()
     return run.history
+
+
+def _check_folder(folder: Path | None, resume: bool, halvings: int) -> None:
+    """Whether states can be written to it and read from it as wanted."""
+    if (resume or halvings) and folder is None:
+        name = "resume=True" if resume else f"halvings={halvings}"
+        raise ValueError(f"{name} needs checkpoints=FOLDER: the folder that states are written to")
+    if halvings < 0:
+        raise ValueError(f"halvings={halvings}: at least 0 is needed")
+    if folder is not None:
+        check_writable(folder)
+        if not resume:
+            check_empty(folder)
 
 
 class _Run:

@@ -87,22 +87,11 @@ def prune_job(
     first = meet(device)
     budgets = {"flops": flops, "params": params, "blocks": blocks, "latency": latency, "width": width}
     rest = {"recipe": recipe and asdict(recipe), "batch_size": batch_size, "pad": pad, "seed": seed}
-    made_of = {
-        "network": type(model).__name__,
-        "weights": _digest(model.state_dict()),
-        "images": _digest({"images": train.images, "labels": train.labels}),
-    }
-    chosen_by = resolve(criterion)
-    constants = {"criterion": _constants(chosen_by)}
-    arguments = {**made_of, **constants, **budgets, **rest}
+    arguments = {**_made_of(model, train), "criterion": _constants(resolve(criterion)), **budgets, **rest}
     # Before the minutes of measuring, not after.
     check_names(log_with)
     check_writable(out)
-    if not 1 <= batch_size <= len(train):
-        raise ValueError(f"batch_size={batch_size}: from 1 to the {len(train)} training images is needed")
-    kinds = [f"{data.num_classes} classes of {tuple(data.images.shape[1:])}" for data in (train, test)]
-    if len(test) == 0 or kinds[0] != kinds[1]:
-        raise ValueError(f"test: {len(test)} images, {kinds[1]}, where the training images are {kinds[0]}: give such")
+    _check_images(train, test, batch_size)
     with alone(out) if first else nullcontext():
         if resume and _check_same(out, arguments):
             return _report_anew(model, test, out)
@@ -131,6 +120,23 @@ def prune_job(
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
         everyones(None)  # nobody goes on before the files are there
     return report
+
+
+def _made_of(model: nn.Module, train: ImageData) -> dict[str, str]:
+    """What a run was given, in a few letters."""
+    return {
+        "network": type(model).__name__,
+        "weights": _digest(model.state_dict()),
+        "images": _digest({"images": train.images, "labels": train.labels}),
+    }
+
+
+def _check_images(train: ImageData, test: ImageData, batch_size: int) -> None:
+    if not 1 <= batch_size <= len(train):
+        raise ValueError(f"batch_size={batch_size}: from 1 to the {len(train)} training images is needed")
+    kinds = [f"{data.num_classes} classes of {tuple(data.images.shape[1:])}" for data in (train, test)]
+    if len(test) == 0 or kinds[0] != kinds[1]:
+        raise ValueError(f"test: {len(test)} images, {kinds[1]}, where the training images are {kinds[0]}: give such")
 
 
 def _recover(
@@ -222,4 +228,4 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 def _story(plan: PruningPlan) -> str:
     names = ", ".join(f"`{name}`" for name in plan.remove)
-    return f"Removed {len(plan.remove)} blocks by {plan.criterion}: {names}.\n"
+    return f"Removed by {plan.criterion}, {len(plan.remove)} in all: {names}.\n"

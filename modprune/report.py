@@ -82,7 +82,7 @@ class Report:
 
     def notes(self) -> list[str]:
         """What a reader has to know beside the table."""
-        notes = [f"Times: median forward pass on {self.device}, {self.threads} threads."]
+        notes = [f"Times: median forward pass on {self.device}; CPU threads: {self.threads}."]
         primary = self.original.macs["modprune"]
         for name, types in self.original.mac_differences.items():
             largest = sorted(types, key=lambda t: -abs(types[t]))[:3]

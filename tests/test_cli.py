@@ -78,7 +78,7 @@ def test_help_names_every_command_and_option():
 
 def test_a_network_without_blocks_is_told_why(tmp_path):
     text = in_process("blocks", "--model", "torchvision:squeezenet1_1", "--size", 64).output
-    assert "none can go: no other module adds to its input, and no other convolution with a norm keeps" in text
+    assert "none can go: no other module adds to its input as it is, and no other convolution above 1x1" in text
     assert "0 blocks; the network has 1,235,496 parameters" in text
 
 
@@ -261,7 +261,7 @@ def test_processes_of_torchrun_share_the_work_and_one_writes(weights, tmp_path):
     each = [*launch, str(tmp_path / "each.py"), texts]
     done = subprocess.run(each, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [done.stdout.count(word) for word in ("Written to", "2 blocks go", "spread", "parted")] == [1, 1, 1, 2]
+    assert [done.stdout.count(word) for word in ("Written to", "blocks: 2", "spread", "parted")] == [1, 1, 1, 2]
     assert in_process("curve", *little, "--json", tmp_path / "one.json").exit_code == 0
     both, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("curve", "one"))
     assert np.allclose(both["q"], one["q"], atol=1e-6)

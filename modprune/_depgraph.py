@@ -47,7 +47,7 @@ def prune_channels(model: nn.Module, example_inputs: Any, ratio: float, layers: 
 
     inputs = to_device(example_inputs, device_of(model))
     ignored = [m for m in model.modules() if m not in layers and not any(True for _ in m.children())]
-    with _visited(model), _odd_reshapes_unmapped(), _forms_kept(model):
+    with _forms_kept(model), _visited(model), _odd_reshapes_unmapped():
         pruner = torch_pruning.pruner.BasePruner(
             model, inputs, torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio,
             ignored_layers=ignored, forward_fn=call, output_transform=differentiable_tensors,
@@ -65,7 +65,7 @@ def cut_channels(model: nn.Module, example_inputs: Any, cuts: Iterable[Cut]) -> 
         RuntimeError: if torch-pruning fails; one line.
     """
     graph = dependency_graph(model, example_inputs)
-    with _visited(model), _forms_kept(model):
+    with _forms_kept(model), _visited(model):
         graph.load_pruning_history([[name, True, list(channels)] for name, channels in cuts])
 
 
@@ -108,7 +108,10 @@ def _odd_reshapes_unmapped() -> Iterator[None]:
 
 @contextmanager
 def _forms_kept(model: nn.Module) -> Iterator[None]:
-    """Parameters that torch-pruning replaces keep `requires_grad` and channels_last, which it forgets."""
+    """Parameters that torch-pruning replaces keep `requires_grad` and channels_last, which it forgets.
+
+    Outside of `_visited`, inside which none is frozen.
+    """
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     last = {n for n, p in model.named_parameters() if p.ndim == 4 and not p.is_contiguous()}
     yield

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,23 +17,24 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         OSError: if the folder cannot be made or written; one line that names it.
     """
     path = Path(path)
-    handle, partial = -1, ""
+    partial: Path | None = None
     try:
         if path.exists() and not path.is_file():  # a device or a pipe, as /dev/stdout: nothing takes its place
             path.write_bytes(data)
             return
         target = Path(os.path.realpath(path))  # a link goes on to lead there
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:50]}.")
-        with os.fdopen(handle, "wb") as file:
+        partial = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}")
+        with partial.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
+        if target.exists():
+            shutil.copymode(target, partial)
         os.replace(partial, target)
     except BaseException as error:  # Ctrl-C too leaves nothing behind
         if partial:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
         raise OSError(f"{path}: cannot be written ({error.strerror}); give a folder that can") from error
@@ -83,9 +85,3 @@ def alone(folder: Path) -> Iterator[None]:
 def write_text(path: str | Path, text: str) -> None:
     """The same for text, in UTF-8."""
     write_bytes(path, text.encode())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

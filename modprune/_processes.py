@@ -80,7 +80,11 @@ def from_first(tensors: Iterable[Tensor]) -> None:
     """Give all processes the values that rank 0 has."""
     if place()[1] > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            # Of an expanded tensor, what is there but once: past it, gloo would read and write somebody's memory.
+            once = tensor.detach()[tuple(slice(None if stride else 1) for stride in tensor.stride())]
+            values = once.contiguous()
+            dist.broadcast(values, src=0)
+            once.copy_(values)
 
 
 def check_alike(values: Sequence[object], what: str, mend: str) -> None:

@@ -259,8 +259,8 @@ def _seconds(model: nn.Module, inputs: Any) -> float:
 
 def _clock(device: torch.device) -> float:
     """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
     return time.perf_counter()
 
 

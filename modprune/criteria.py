@@ -271,8 +271,8 @@ class BnScale:
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any] = ()) -> BlockScores:
         """(1, blocks)."""
-        scales = [[p.detach() for p in map(model.get_parameter, _scales(model, block.layers))] for block in blocks]
-        return _once(blocks, [[float(scale.abs().mean()) for scale in own] for own in scales], "norm with a scale")
+        means = [[float(scale.detach().abs().mean()) for scale in _scales(model, block.layers)] for block in blocks]
+        return _once(blocks, means, "norm with a scale")
 
 
 @dataclass(frozen=True)
@@ -443,11 +443,11 @@ def _weights(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
     return [p for layer in layers for p in model.get_submodule(layer).parameters(recurse=False)]
 
 
-def _scales(model: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Names of the scales of norms: weights of one dimension, but for the slopes of a PReLU."""
-    norms = [layer for layer in layers if not isinstance(model.get_submodule(layer), nn.PReLU)]
-    weights = {layer: getattr(model.get_submodule(layer), "weight", None) for layer in norms}
-    return [f"{layer}.weight" for layer, w in weights.items() if isinstance(w, nn.Parameter) and w.ndim == 1]
+def _scales(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
+    """The scales of norms: weights of one dimension, but for the slopes of a PReLU."""
+    norms = [module for module in map(model.get_submodule, layers) if not isinstance(module, nn.PReLU)]
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    return [weight for weight in weights if isinstance(weight, nn.Parameter) and weight.ndim == 1]
 
 
 def _once(blocks: Blocks, values: Sequence[Sequence[float]], what: str) -> BlockScores:

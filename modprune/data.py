@@ -217,7 +217,9 @@ def _generator(seed: int, epoch: int, stream: int) -> torch.Generator:
 
 
 def set_epoch(loader: object, epoch: int) -> None:
-    """Tell a loader, or the sampler of a torch DataLoader, which epoch comes next, if it wants to know."""
-    for target in (loader, getattr(loader, "sampler", None) if isinstance(loader, DataLoader) else None):
+    """Tell a loader, or the samplers of a torch DataLoader, which epoch comes next, those that want to know."""
+    batches = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    inner = getattr(batches, "sampler", None)  # of a plain DataLoader its `sampler`
+    for target in (loader, batches, inner):
         if hasattr(target, "set_epoch"):
             target.set_epoch(epoch)

@@ -66,13 +66,12 @@ class CachedTeacher:
         if not isinstance(batch, (tuple, list)) or len(batch) != 3:
             raise ValueError("a CachedTeacher needs batches (images, labels, index), as ImageLoader gives them")
         images, _, index = batch
-        try:
-            new = self._seen[index] < self.looks
-        except IndexError:
+        if (index >= len(self._seen)).any():  # on CUDA nobody could go on after the error of an index
             raise ValueError(
                 f"a CachedTeacher for {len(self._seen)} images and a batch with number {index.max()}: give the number "
                 "of training images"
-            ) from None
+            )
+        new = self._seen[index] < self.looks
         if new.any():
             with torch.no_grad(), evaluating(self.model):
                 logits = logits_of(self.model(images[new])).float()

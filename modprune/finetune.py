@@ -12,7 +12,7 @@ from signal import SIG_IGN, SIGTERM
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState, is_initialized
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from modprune._autograd import first_line
 from modprune._inputs import call, device_of, modes_kept, split_batch, to_device
 from modprune._means import Diverged, Means, share_right
-from modprune._processes import everyones, place
+from modprune._processes import everyones, from_first, place
 from modprune._random import from_batch, own_state, random_state, set_own_state
 from modprune.checkpoints import check_empty, check_writable, difference, load_newest, save_state, states
 from modprune.data import set_epoch
@@ -76,7 +76,8 @@ def finetune(
         checkpoints: a folder for the state after each epoch; only the newest is kept. SIGTERM is then obeyed only
             after the step that it comes in (in several processes within 25), whose state is written too.
         resume: go on from the newest state in `checkpoints`, to the result of an uninterrupted run: amid an epoch,
-            its batches up to there are drawn once more. With another number of epochs, the rate goes on along the
+            its batches up to there are drawn once more. Workers that persist draw by generators of their own, which no
+            state brings back. With another number of epochs, the rate goes on along the
             cosine of that number.
         halvings: how often to go back to the newest state, with half the rate, if the loss stops being finite; needs
             `checkpoints`.
@@ -107,7 +108,7 @@ def finetune(
             load_newest(run.accelerator, folder)
             run.set_rate()
         if folder is not None and halvings and not states(folder):
-            save_state(run.accelerator, folder, 0)  # for the first epoch to go back to
+            run.save(folder, 0)  # for the first epoch to go back to
         while (epoch := len(run.history)) < constants.epochs:
             try:
                 loss, right, speed = run.epoch(epoch, teach, progress, told)
@@ -121,7 +122,7 @@ def finetune(
             if after_epoch is not None:
                 after_epoch(run.history[-1])
             if folder is not None:
-                save_state(run.accelerator, folder, epoch + 1)
+                run.save(folder, epoch + 1)
                 if told.anywhere():
                     told.obey()
     return run.history
@@ -150,6 +151,7 @@ class _Run:
         self.history: list[Epoch] = []
         self.halved = 0
         self.begun: dict[str, Any] | None = None  # of an epoch that a state lies in: how far it had come
+        self.own: list[dict[str, Any]] = []  # of each process, what its teacher has said and its loader has drawn
         self.distill = recipe.distill if teacher is not None else 0.0
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -250,11 +252,12 @@ class _Run:
             if self.folder is not None and (due or self.accelerator.num_processes == 1) and told.anywhere():
                 self.begun = {"step": step, **means.state_dict(), "start": everyones(start)}
                 self.check_finite(title)
-                save_state(self.accelerator, self.folder, epoch, step)
+                self.save(self.folder, epoch, step)
                 self.begun = None
                 told.obey()
         done = means.loss(), means.top1(), seen / (time.perf_counter() - started)
         self.check_finite(title)
+        from_first(self.model.buffers())  # each process has its own since the last step
         return done
 
     def check_finite(self, title: str) -> None:
@@ -268,6 +271,7 @@ class _Run:
         with self.accelerator.autocast():
             logits = logits_of(call(self.net, inputs)).float()
             soft = teach and teach(batch)
+        labels = None if labels is None else labels.to(logits.device)  # lists and arrays have not come along
         loss = distillation_loss(logits, labels, soft, self.distill, self.recipe.temperature)
         self.accelerator.backward(loss)
         self.optimizer.step()
@@ -275,12 +279,17 @@ class _Run:
         self.optimizer.zero_grad()
         return loss.detach(), share_right(logits.detach(), labels), len(logits)
 
-    def state_dict(self) -> dict[str, Any]:
+    def save(self, folder: Path, epoch: int, step: int = 0) -> None:
+        """Write the state. What each process has of its own is told before: amid the writing one may have failed."""
         said = self.cached.state_dict() if self.cached else None
+        self.own = everyones({"teacher": said, "drawn": own_state(self.loader)})
+        save_state(self.accelerator, folder, epoch, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For accelerate, which `save` calls."""
         history = [asdict(epoch) for epoch in self.history]
-        own = everyones({"teacher": said, "drawn": own_state(self.loader)})
         done = {"history": history, "begun": self.begun, "halved": self.halved}
-        return {"constants": self.constants, **done, "own": own}
+        return {"constants": self.constants, **done, "own": self.own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.halved, self.begun = state["halved"], state["begun"]
@@ -346,11 +355,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def _accelerate_left_as_found() -> Iterator[None]:
-    """Precision and accumulation are shared by all Accelerators of a process: ours is not to bind somebody else's.
+    """Device, precision and accumulation are shared by all Accelerators of a process: ours bind nobody else's.
 
     Nor is somebody's accumulation to bind ours, in the middle of which no optimizer takes a step.
     """
-    settled, accumulation = is_initialized(), dict(GradientState._shared_state)
+    placed, settled = bool(PartialState._shared_state), is_initialized()
+    accumulation = dict(GradientState._shared_state)
     GradientState._reset_state()
     try:
         yield
@@ -358,4 +368,4 @@ def _accelerate_left_as_found() -> Iterator[None]:
         GradientState._reset_state()
         GradientState._shared_state.update(accumulation)
         if not settled:
-            AcceleratorState._reset_state()
+            AcceleratorState._reset_state(reset_partial_state=not placed)

@@ -224,7 +224,7 @@ class GradualPruning:
                 )
 
     def _sizes(self) -> dict[str, int]:
-        return {"flops": count_macs(self.model, self.example), "params": count_params(self.model)}
+        return {"flops": max(count_macs(self.model, self.example), 1), "params": count_params(self.model)}
 
     def _left(self, share: float) -> dict[str, float]:
         """What of `share` of the budget is still to go, as fractions of what is left of the model; empty if nothing."""

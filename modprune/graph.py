@@ -7,6 +7,8 @@ Newman, "Modularity and community structure in networks" (PNAS 2006).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -110,12 +112,13 @@ def feature_graph_from_gram(gram: Tensor, k: int = 3) -> FeatureGraph:
 def graph_modularity(graph: FeatureGraph, labels: Tensor) -> float:
     """Q of the undirected graph `(A + A^T) / 2` under the partition `labels` ((N,) integers), in float64."""
     check_labels(labels, len(graph.weights))
-    neighbours, weights = graph.neighbours, graph.weights.double()
+    # On the CPU, which has float64, as not all devices have, and sums in one order.
+    neighbours, weights, labels = graph.neighbours.cpu(), graph.weights.cpu().double(), labels.cpu()
     total = weights.sum()
     if total == 0:
         warnings.warn("the feature graph has no edge (no two samples are similar): Q = 0", RuntimeWarning, stacklevel=2)
         return 0.0
-    classes, labels = labels.to(weights.device).unique(return_inverse=True)
+    classes, labels = labels.unique(return_inverse=True)
     inside = weights[labels[:, None] == labels[neighbours]].sum() / total
     strength = weights.sum(1).index_add(0, neighbours.flatten(), weights.flatten()) / 2
     share = strength.new_zeros(len(classes)).index_add(0, labels, strength) / total
@@ -183,8 +186,25 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     plain = left.device.type == "cpu" and left.dtype == torch.float32 and left.is_contiguous()
     if plain and right.is_contiguous() and torch.backends.mkldnn.is_available():  # with strides, it takes minutes
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-    with torch.autocast(left.device.type, enabled=False):  # of half precision's cosines too many are equal
+    with _whole_float32(left.device.type):
         return left @ right.T
+
+
+@contextmanager
+def _whole_float32(device: str) -> Iterator[None]:
+    """Neither autocast nor TF32, whatever the caller has chosen: of such cosines too many are equal."""
+    with torch.autocast(device, enabled=False):
+        if device != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul
+        name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+        chosen = getattr(matmul, name)
+        setattr(matmul, name, exact)
+        try:
+            yield
+        finally:
+            setattr(matmul, name, chosen)
 
 
 def _nearest(gram: Tensor, inverse: Tensor, k: int, start: int = 0) -> FeatureGraph:

@@ -112,7 +112,7 @@ def prune_job(
             loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device)
             with trackers(log_with if first else (), out, arguments) as log:
                 _recover(pruned, model, loader, recipe, out, resume, log if first else None)
-        report = compare(model, pruned, example, ImageLoader(test, 100, device=device))
+        report = _compared(model, pruned, test)
         if first:
             save(pruned, out / "model.safetensors")
             _write_report(report, plan, out)
@@ -184,11 +184,13 @@ def _check_same(out: Path, arguments: Mapping[str, Any]) -> bool:
 
 def _report_anew(model: nn.Module, test: ImageData, out: Path) -> Report:
     """That of a finished run; nothing is written."""
+    return _compared(model, load(out / "model.safetensors", copy.deepcopy(model)).to(device_of(model)), test)
+
+
+def _compared(model: nn.Module, pruned: nn.Module, test: ImageData) -> Report:
     device = device_of(model)
-    pruned = load(out / "model.safetensors", copy.deepcopy(model)).to(device)
-    return compare(
-        model, pruned, torch.zeros(1, *test.images.shape[1:], device=device), ImageLoader(test, 100, device=device)
-    )
+    example = torch.zeros(1, *test.images.shape[1:], device=device)
+    return compare(model, pruned, example, ImageLoader(test, 100, device=device))
 
 
 def _write_report(report: Report, plan: PruningPlan, out: Path) -> None:

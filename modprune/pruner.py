@@ -121,7 +121,8 @@ class ModularityPruner:
         whole = {block.name: block for block in blocks}
         times = {} if self.budget.latency is None else _nanoseconds(self.model, whole, self.example_inputs)
         times = everyones(times)[0]  # each process takes its own
-        totals = count_macs(self.model, self.example_inputs), count_params(self.model), times.get("", 0)
+        macs = max(count_macs(self.model, self.example_inputs), 1)
+        totals = macs, count_params(self.model), times.get("", 0)
         gone: list[Candidate] = []
         model = self.model if self.iterative_steps == 1 else copy.deepcopy(self.model)
         for stage in range(1, self.iterative_steps + 1):

@@ -60,17 +60,10 @@ class Report:
         a, b = self.original, self.pruned
         rows = []
         if a.accuracy and b.accuracy:
-            for name in ("top1", "top5"):
+            measures = ("Top-1 (%)", "top1", ".2f"), ("Top-5 (%)", "top5", ".2f"), ("Loss", "loss", ".4f")
+            for label, name, form in measures:
                 x, y = getattr(a.accuracy, name), getattr(b.accuracy, name)
-                rows.append((f"Top-{name[3:]} (%)", f"{x:.2f}", f"{y:.2f}", f"{y - x:+.2f}"))
-            rows.append(
-                (
-                    "Loss",
-                    f"{a.accuracy.loss:.4f}",
-                    f"{b.accuracy.loss:.4f}",
-                    f"{b.accuracy.loss - a.accuracy.loss:+.4f}",
-                )
-            )
+                rows.append((label, f"{x:{form}}", f"{y:{form}}", f"{y - x:+{form}}"))
         rows.append(("Parameters", f"{a.params:,}", f"{b.params:,}", _percent(self.params_removed)))
         for name, removed in self.flops_removed.items():
             label = "MACs" if name == "modprune" else f"MACs ({name})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -104,8 +104,7 @@ def remove_blocks(
     originals = swap(model, _merged(new))
     if problem := _problem(model, _merged(new), example_inputs, before, most, skipped):
         swap(model, originals)
-        alone = zip(new, ([block] for block in blocks), strict=True)
-        culprit = _culprit(model, alone, example_inputs, before) or f"{names[0]} and the others together"
+        culprit = _culprit(model, blocks, new, example_inputs, before) or f"{names[0]} and the others together"
         raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was")
     _rebuild_graph(model, example_inputs)
     return model
@@ -259,18 +258,19 @@ def _alike(before: list[tuple[int, ...]], after: list[tuple[int, ...]], batch: i
 
 def _culprit(
     model: nn.Module,
-    new: Iterable[tuple[dict[str, nn.Module], list[Block]]],
+    blocks: Sequence[Block],
+    new: Sequence[dict[str, nn.Module]],
     example_inputs: Any,
     before: list[tuple[int, ...]],
 ) -> str:
     """The name of the first block that cannot go even alone; empty if each can."""
-    for parts, block in new:
-        skipped = _skipped(model, block, [parts], example_inputs)
+    for block, parts in zip(blocks, new, strict=True):
+        skipped = _skipped(model, [block], [parts], example_inputs)
         originals = swap(model, parts)
         broken = _problem(model, parts, example_inputs, before, count_params(model), skipped)
         swap(model, originals)
         if broken:
-            return next(iter(parts))
+            return block.name
     return ""
 
 

@@ -63,18 +63,18 @@ def narrow(model: nn.Module, cuts: Iterable[Cut], example_inputs: Any) -> None:
     Raises:
         ValueError: for a layer that is not there or has no such channels; RuntimeError: if torch-pruning fails.
     """
-    cuts = tuple(cuts)
+    cuts, layers = tuple(cuts), dict(model.named_modules())
     for name, channels in cuts:
-        layer = dict(model.named_modules()).get(name)
+        layer = layers.get(name)
         if not isinstance(layer, (_ConvNd, nn.Linear)):
             raise ValueError(f"{name}: {type(model).__name__} has no such layer to cut channels of")
         count = _outputs(layer)
         if not channels or min(channels) < 0 or max(channels) >= count or len(set(channels)) >= count:
             raise ValueError(f"{name}: the {len(channels)} channels to cut are not some of its {count}")
-    before = {name: t.shape for name, t in model.state_dict().items()}
+    before = _shapes(model)
     cut_channels(model, example_inputs, cuts)
-    for name, tensor in model.state_dict().items():
-        if tensor.shape != before[name]:
+    for name, shape in _shapes(model).items():
+        if shape != before[name]:
             setattr(model.get_submodule(name.rpartition(".")[0]), NARROWED, True)
 
 
@@ -199,6 +199,10 @@ def _mixes(module: Any) -> bool:
 
 def _is_depthwise(module: Any) -> bool:
     return isinstance(module, _ConvNd) and module.groups == module.out_channels == module.in_channels > 1
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
 def _outputs(module: Any) -> int:

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from sklearn.datasets import load_digits
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from torchvision.datasets import CIFAR10
 
-from modprune.data import ImageData, ImageLoader, calibration, cifar10, cifar100, digits
+from modprune.data import ImageData, ImageLoader, calibration, cifar10, cifar100, digits, set_epoch
 
 
 def images(count: int = 20, size: int = 8) -> ImageData:
@@ -42,6 +43,17 @@ def test_an_epoch_depends_on_seed_and_number_alone():
     assert torch.equal(epoch(0, 3), epoch(0, 3))
     assert not torch.equal(epoch(0, 3), epoch(0, 4))
     assert not torch.equal(epoch(0, 3), epoch(1, 3))
+
+
+@pytest.mark.parametrize("by", ["sampler", "batch_sampler"])
+def test_a_dataloaders_samplers_are_told_the_epoch(by):
+    sampler = DistributedSampler(range(20), 1, 0)
+    loader = DataLoader(range(20), **{by: sampler if by == "sampler" else BatchSampler(sampler, 4, drop_last=False)})
+    orders = []
+    for number in (0, 1, 0):
+        set_epoch(loader, number)
+        orders.append(torch.cat(list(loader)).tolist())
+    assert orders[0] == orders[2] != orders[1]
 
 
 def test_every_epoch_crops_anew():

@@ -64,3 +64,16 @@ def test_what_is_said_beforehand_is_what_happens(folder, place):
         ):
             act(folder / place)
         assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_file_keeps_its_mode_and_a_new_one_has_that_of_any_new_file(tmp_path, mode):
+    old, new, plain = (tmp_path / name for name in ("old", "new", "plain"))
+    old.touch()
+    old.chmod(mode)
+    plain.touch()
+    for path in (old, new):
+        write_bytes(path, b"new")
+    assert old.stat().st_mode & 0o777 == mode
+    assert new.stat().st_mode == plain.stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old", "plain"]

@@ -12,10 +12,11 @@ import socket
 from dataclasses import asdict
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import is_initialized
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, is_initialized
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -115,6 +116,14 @@ def test_ones_own_accelerator_prepares_the_model_afterwards():
     assert "_original_forward" in vars(prepared)
 
 
+def test_ones_own_accelerator_is_on_its_own_device_afterwards(monkeypatch):
+    PartialState._reset_state()  # as in a new process
+    finetune(network(), loader(), epochs=1, lr=0.05, progress=False)
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    assert Accelerator().device.type == "meta"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_the_rate_rises_then_falls_to_zero():
     rates = [warmup_cosine(step, 10, 100) for step in range(101)]
     assert rates[:10] == sorted(rates[:10])
@@ -134,7 +143,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
     whole, history = run()
     save = module.save_state
 
-    def die(accelerator, folder, epoch):
+    def die(accelerator, folder, epoch, step):
         save(accelerator, folder, epoch)
         if epoch == stop:
             raise KeyboardInterrupt
@@ -427,6 +436,10 @@ def in_float32(device: torch.device) -> None:
     """As `autocast_dtype` where bfloat16 gains nothing."""
 
 
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError("No space left")
+
+
 def _rank(rank: int, folder: str, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -443,7 +456,15 @@ def _rank(rank: int, folder: str, port: int) -> None:
             broken_off(broken, 3 if rank else 0, shuffled)
         assert [state.name for state in states(broken)] == ["epoch-0001-step-0000001"]
         assert same(broken_off(broken, 0, shuffled), broken_off(alone, 0, shuffled))
-    torch.distributed.barrier()
+    in_step = network()
+    finetune(in_step, loader(), epochs=1, progress=False)
+    torch.save(dict(in_step.named_buffers()), f"{folder}/{rank}-buffers.pt")
+    if rank == 0:  # while the other one writes what is its own
+        accelerate.accelerator.save_accelerator_state = full_disk
+    with pytest.raises(OSError, match=r"state after epoch 1 cannot be written \(No space left\); is the disk full\?"):
+        finetune(network(), loader(), epochs=1, checkpoints=f"{folder}/full", progress=False)
+    torch.distributed.barrier()  # the first tidies up
+    assert not list(Path(folder, "full").iterdir())
     torch.distributed.destroy_process_group()
 
 
@@ -453,6 +474,9 @@ def test_two_processes_learn_what_one_learns_from_batches_twice_as_large(tmp_pat
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    first, other = (torch.load(tmp_path / f"{rank}-buffers.pt", weights_only=True) for rank in range(2))
+    assert first
+    assert all(torch.equal(first[name], other[name]) for name in first)
     one, history = trained(64, checkpoints=tmp_path / "one")
     for rank in range(2):
         two = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import modprune.graph
-from modprune.graph import feature_graph, feature_graph_from_gram, graph_modularity, modularity
+from modprune.graph import _whole_float32, feature_graph, feature_graph_from_gram, graph_modularity, modularity
 from tests.oracles import loop_knn, networkx_q
 
 
@@ -150,6 +150,21 @@ def test_autocast_does_not_coarsen_the_cosines():
     with torch.autocast("cpu", torch.bfloat16):
         assert (features @ features.T).dtype == torch.bfloat16
         assert modularity(features, labels) == plain
+
+
+def test_nor_does_tf32_and_it_stays_chosen():
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before = getattr(matmul, name)
+    torch.set_float32_matmul_precision("high")
+    try:
+        chosen = getattr(matmul, name)
+        with _whole_float32("cuda"):
+            assert getattr(matmul, name) in ("ieee", False)
+        assert getattr(matmul, name) == chosen != before
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_another_default_type_changes_nothing():

@@ -15,6 +15,7 @@ from modprune.budget import Budget, Candidate
 from modprune.cost import count_macs, count_params
 from modprune.criteria import BlockScores
 from modprune.data import ImageLoader, digits
+from modprune.gradual import GradualPruning
 from modprune.models import resnet32, vgg11_bn
 from modprune.pruner import ModularityPruner
 from tests.oracles import best_set
@@ -127,6 +128,23 @@ def test_a_budget_met_early_ends_the_stages():
     every = {block.name: -1.0 for block in find_blocks(network(), X)}
     plan = ModularityPruner(network(), X, loader(), by_name(every), flops=0.1, iterative_steps=2).plan()
     assert plan.remove == tuple(every)
+
+
+def test_a_network_without_any_product_can_lose_parameters():
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return x + torch.tanh(x * self.gate)
+
+    model, x = nn.Sequential(*(nn.Sequential(Gate()) for _ in range(3))), torch.randn(40, 4)
+    assert count_macs(model, x) == 0
+    plan = ModularityPruner(model, x, [(x, torch.arange(40) % 2)], "block_influence", params=0.3).plan()
+    assert (len(plan.remove), plan.freed["flops"]) == (1, 0)
+    gradual = GradualPruning(model, [(x, torch.arange(40) % 2)], "block_influence", at=[1], params=0.3)
+    assert len(gradual(1).remove) == 1
 
 
 def test_ignored_layers_stay():

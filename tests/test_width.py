@@ -98,7 +98,9 @@ def loader():
 def test_depth_then_width_in_one_plan_one_file_and_one_report(tmp_path, loader):
     torch.manual_seed(0)
     model = resnet20().to(memory_format=torch.channels_last)
-    model.conv1.weight.requires_grad_(False)
+    frozen = ["conv1.weight", "layer1.1.conv1.weight", "layer1.1.bn1.bias"]  # the last two get narrower
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     original, example = copy.deepcopy(model), torch.zeros(1, 3, 16, 16)
     pruner = ModularityPruner(model, example, loader, "block_influence", blocks=3, width=0.25)
     plan = pruner.plan()
@@ -108,7 +110,8 @@ def test_depth_then_width_in_one_plan_one_file_and_one_report(tmp_path, loader):
     freed = 1 - count_macs(model, example) / count_macs(original, example)
     assert plan.freed["flops"] == pytest.approx(freed)
     assert plan.freed["params"] == pytest.approx(1 - count_params(model) / count_params(original))
-    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
+    assert set(frozen) == {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert original.get_parameter(frozen[1]).shape != model.get_parameter(frozen[1]).shape
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
     again = plan.apply(copy.deepcopy(original), example)
     for key, tensor in model.state_dict().items():
@@ -122,6 +125,16 @@ def test_depth_then_width_in_one_plan_one_file_and_one_report(tmp_path, loader):
         assert loaded.layer3[0].conv1.out_channels == model.layer3[0].conv1.out_channels
     report = compare(original.eval(), model, example, loader)
     assert report.pruned.params == count_params(model)
+
+
+def test_a_state_of_something_else_than_tensors_has_no_width(loader):
+    class Counting(type(resnet20())):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+    model = Counting((1, 1, 1))
+    ModularityPruner(model, torch.zeros(1, 3, 16, 16), loader, "l1_norm", blocks=1, width=0.25).step()
+    assert narrowed_layers(model)
 
 
 def test_a_file_of_narrowed_layers_does_not_fit_another_network(tmp_path):

@@ -269,9 +269,14 @@ def criteria_for_longer() -> str:
     rows = [row for row in load("criteria-resnet56")["rows"] if _finetuned(row, LONGER)]
     lines = [_row(["criterion", "removed", "1 epoch", f"{LONGER} epochs"]), _row(["---", "---:", "---:", "---:"])]
     for row in sorted(rows, key=lambda row: -statistics.mean(_finetuned(row, LONGER))):
-        top1 = (f"{statistics.mean(_finetuned(row, epochs)):.2f}" for epochs in (1, LONGER))
+        top1 = (_mean_and_range(_finetuned(row, epochs)) for epochs in (1, LONGER))
         lines.append(_row([f"`{row['criterion']}`", f"{row['asked']:.0%}", *top1]))
     return "\n".join(lines)
+
+
+def _mean_and_range(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f}, {len(values)} seeds)"
 
 
 def _rivals(columns: dict[str, list[dict[str, Any]]], shown: list[str]) -> str:

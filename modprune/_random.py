@@ -44,7 +44,7 @@ def undisturbed(loader: object) -> Iterator[None]:
 
 
 def random_state(loader: object) -> dict[str, Any]:
-    """Of Python, NumPy, torch on all devices, and the generators that a loader has of its own."""
+    """Of Python, NumPy, torch on the CPU and CUDA, and the generators that a loader has of its own."""
     kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
     return {
         "python": random.getstate(),

@@ -23,8 +23,11 @@ def started() -> int:
 def meet(device: torch.device | str) -> bool:
     """Join the processes that were started with this one, if any; whether this one is the first."""
     if started() > 1 and not dist.is_initialized():
+        # Loaded later, its defaults would hold on to the group, whose threads then outlive it.
+        import torch.distributed.nn.functional
+
         state = PartialState(cpu=torch.device(device).type == "cpu")
-        # Left to a process's last moments, the group's threads may abort it, and the launcher then ends the others.
+        # Left to a process's last moments, these threads may abort it, and the launcher then ends the others.
         atexit.register(state.destroy_process_group)
     return place()[0] == 0
 

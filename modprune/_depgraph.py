@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modprune._autograd import differentiable_tensors, first_line, traceable
-from modprune._inputs import call, device_of, to_device
+from modprune._inputs import call, device_of, opened, to_device
 
 Cut = tuple[str, tuple[int, ...]]
 """A layer by its name and those of its output channels that go."""
@@ -31,7 +31,7 @@ def dependency_graph(model: nn.Module, example_inputs: Any) -> Any:
     inputs = to_device(example_inputs, device_of(model))
     with _visited(model), _odd_reshapes_unmapped():
         return torch_pruning.DependencyGraph().build_dependency(
-            model, inputs, forward_fn=call, output_transform=differentiable_tensors
+            model, inputs, forward_fn=call, output_transform=_differentiable
         )
 
 
@@ -50,7 +50,7 @@ def prune_channels(model: nn.Module, example_inputs: Any, ratio: float, layers: 
     with _forms_kept(model), _visited(model), _odd_reshapes_unmapped():
         pruner = torch_pruning.pruner.BasePruner(
             model, inputs, torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio,
-            ignored_layers=ignored, forward_fn=call, output_transform=differentiable_tensors,
+            ignored_layers=ignored, forward_fn=call, output_transform=_differentiable,
             # its defaults are dicts that every pruner shares
             in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
         )  # fmt: skip
@@ -67,6 +67,10 @@ def cut_channels(model: nn.Module, example_inputs: Any, cuts: Iterable[Cut]) -> 
     graph = dependency_graph(model, example_inputs)
     with _forms_kept(model), _visited(model):
         graph.load_pruning_history([[name, True, list(channels)] for name, channels in cuts])
+
+
+def _differentiable(output: Any) -> list[Any]:
+    return differentiable_tensors(opened(output))
 
 
 @contextmanager

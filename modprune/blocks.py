@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 from torch import nn
 
@@ -76,6 +76,17 @@ class Blocks(tuple[Block, ...]):
         self = super().__new__(cls, blocks)
         self.refused = refused or {}
         return self
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Block: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Blocks: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        """A block, or those of a slice, with the same `refused`."""
+        found = super().__getitem__(index)
+        return Blocks(found, self.refused) if isinstance(index, slice) else found
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -58,6 +58,9 @@ def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 @contextmanager
 def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
     """`macs_by_module` of the one forward pass that is made inside; filled when the context ends."""
+    samples = batch_size(inputs)
+    if samples == 0:
+        raise ValueError("the example inputs hold no sample: give at least one")
     counter, names = _Flops(), {module: name for name, module in model.named_modules()}
     macs = dict.fromkeys(names.values(), 0)
 
@@ -70,7 +73,6 @@ def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
     after = register_module_forward_hook(lambda module, *_: change(module, 1))
     with before, after, _visible_attention(), counter:
         yield macs
-    samples = batch_size(inputs)
     for name in macs:
         macs[name] //= 2 * samples
 

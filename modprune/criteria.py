@@ -446,8 +446,8 @@ def _weights(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
 def _scales(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
     """The scales of norms: weights of one dimension, but for the slopes of a PReLU."""
     norms = [module for module in map(model.get_submodule, layers) if not isinstance(module, nn.PReLU)]
-    weights = [getattr(norm, "weight", None) for norm in norms]
-    return [weight for weight in weights if isinstance(weight, nn.Parameter) and weight.ndim == 1]
+    weights = [norm._parameters.get("weight") for norm in norms]  # one that is computed is no norm's, and may change
+    return [weight for weight in weights if weight is not None and weight.ndim == 1]
 
 
 def _once(blocks: Blocks, values: Sequence[Sequence[float]], what: str) -> BlockScores:

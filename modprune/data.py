@@ -150,6 +150,8 @@ class ImageLoader:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
         self.data, self.batch_size, self.pad, self.shuffle = data, batch_size, pad, shuffle
         self.seed, self.epoch = seed, 0
         self.device = torch.device(device)

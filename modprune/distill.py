@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._inputs import call, device_of, evaluating, first_tensor, modes_kept, split_batch
+from modprune._inputs import call, device_of, evaluating, first_tensor, modes_kept, opened, split_batch
 
 Teacher = Callable[[Any], Tensor]
 """From a batch to logits (B, classes)."""
@@ -95,7 +95,7 @@ class CachedTeacher:
 
 def logits_of(output: Any) -> Tensor:
     """The first tensor of a model's output, taken as its logits."""
-    logits = first_tensor(output)
+    logits = first_tensor(opened(output))
     if logits is None:
         raise ValueError(f"the model returned {type(output).__name__}, which holds no tensor to take as logits")
     return logits

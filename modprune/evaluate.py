@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._inputs import ONCE, call, device_of, evaluating, first_tensor, laid_out, split_batch, to_device
+from modprune._inputs import ONCE, call, device_of, evaluating, first_tensor, laid_out, opened, split_batch, to_device
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def logits_and_labels(
         ValueError: for an output that is none of a classifier, missing labels or labels beyond the number of classes.
     """
     inputs, labels = split_batch(to_device(batch, device_of(model)))
-    logits = first_tensor(call(model, laid_out(inputs, layout)))
+    logits = first_tensor(opened(call(model, laid_out(inputs, layout))))
     if logits is None or logits.ndim != 2 or labels is None:
         raise ValueError("Top-1 and loss need logits of shape (B, classes) and labels: check the model and the loader")
     labels = labels.to(logits.device)

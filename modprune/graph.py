@@ -72,6 +72,8 @@ def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
     Raises:
         ValueError: if features are not floating point, hold NaN or infinity or no columns, or `k` is not in 1..N-1.
     """
+    if not isinstance(features, Tensor):
+        raise ValueError(f"features in a {type(features).__name__}: a tensor is needed, as torch.as_tensor makes it")
     if not features.is_floating_point() or features.ndim < 2 or features[:1].numel() == 0:
         raise ValueError(
             f"features of shape {tuple(features.shape)} and type {features.dtype}: "
@@ -127,8 +129,8 @@ def graph_modularity(graph: FeatureGraph, labels: Tensor) -> float:
 
 def check_k(k: int, samples: int) -> None:
     """Raises ValueError unless 1 <= k < samples."""
-    if not 1 <= k < samples:
-        raise ValueError(f"k={k} with {samples} samples: k is at least 1 and below the number of samples")
+    if not 1 <= k < samples or k != int(k):
+        raise ValueError(f"k={k} with {samples} samples: k is an integer, at least 1 and below the number of samples")
 
 
 def check_labels(labels: Tensor, samples: int) -> None:

@@ -94,11 +94,14 @@ def prune_job(
     _check_images(train, test, batch_size)
     with alone(out) if first else nullcontext():
         if resume and _check_same(out, arguments):
+            if first:
+                shutil.rmtree(out / "checkpoints", ignore_errors=True)  # a kill may have left some
             return _report_anew(model, test, out)
         if not resume:
             check_empty(out / "checkpoints")
         example = torch.zeros(1, *train.images.shape[1:], device=device)
-        plan = PruningPlan.from_json(out / "plan.json") if resume and (out / "plan.json").exists() else None
+        begun = resume and all((out / name).exists() for name in ("run.json", "plan.json"))
+        plan = PruningPlan.from_json(out / "plan.json") if begun else None
         if plan is None:
             images = calibration(train, seed, device)
             scorer = fitted(criterion, images.samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,6 +130,8 @@ def test_row_blocks_gram_layouts_and_types_agree(monkeypatch):
     [
         (torch.ones(4, 2), torch.zeros(4).long(), 4, "k=4 with 4 samples"),
         (torch.ones(4, 2), torch.zeros(4).long(), 0, "k=0"),
+        (torch.ones(4, 2), torch.zeros(4).long(), 2.5, "k=2.5 with 4 samples: k is an integer"),
+        (np.ones((4, 2)), torch.zeros(4).long(), 1, "features in a ndarray: a tensor is needed"),
         (torch.ones(4, 2), torch.zeros(3).long(), 1, "one label each"),
         (torch.ones(4, 2), torch.zeros(4), 1, "integers"),
         (torch.ones(4, 2), [0, 0, 1, 1], 1, "labels in a list: a tensor is needed"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from modprune import count_params, load
+from modprune import PruningPlan, count_params, load
 from modprune import job as jobs
 from modprune._files import alone
 from modprune.criteria import BlockScores, Modularity, Random
@@ -77,6 +77,26 @@ def test_test_images_of_another_kind_are_told_before_the_work(odd, tmp_path, mon
         ValueError, match=r"test: \d+ images, 1\d classes of .* where the training images are 10 classes"
     ):
         prune_job(resnet20(), train, of_kind[odd], tmp_path, blocks=1)
+
+
+def test_a_plan_that_no_run_has_made_is_not_carried_out(tmp_path):
+    torch.manual_seed(0)
+    model, train, test = resnet20(), digits(True), digits(False)
+    PruningPlan(("layer1.0",)).to_json(tmp_path / "plan.json")
+    prune_job(model, train, test, tmp_path, blocks=3, criterion="l1_norm", resume=True)
+    assert len(PruningPlan.from_json(tmp_path / "plan.json").remove) == 3
+
+
+def test_states_that_a_kill_leaves_in_a_finished_run_go_when_it_is_resumed(tmp_path):
+    torch.manual_seed(0)
+    job = {"model": resnet20(), "train": digits(True), "test": digits(False), "out": tmp_path, "criterion": "l1_norm"}
+    prune_job(**job, blocks=2)
+    (tmp_path / "checkpoints" / "epoch-0001").mkdir(parents=True)
+    with pytest.raises(ValueError, match="resume it"):
+        prune_job(**job, blocks=3)
+    prune_job(**job, blocks=2, resume=True)
+    prune_job(**job, blocks=3)
+    assert len(PruningPlan.from_json(tmp_path / "plan.json").remove) == 3
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

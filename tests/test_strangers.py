@@ -5,14 +5,27 @@ from __future__ import annotations
 import copy
 import io
 from collections import namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modprune import ModularityPruner, PruningPlan, count_macs, find_blocks, load, modularity_curve, save
-from modprune.criteria import Ablation
+from modprune import (
+    ModularityPruner,
+    PruningPlan,
+    compare,
+    count_macs,
+    find_blocks,
+    finetune,
+    load,
+    modularity_curve,
+    save,
+)
+from modprune.criteria import Ablation, BnScale
+from modprune.data import ImageLoader, digits
+from modprune.models import CifarVGG
 from modprune.surgery import removed_blocks
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -390,3 +403,84 @@ def test_a_network_that_cannot_be_copied_is_named(tmp_path):
 def test_a_criterion_is_an_instance():
     with pytest.raises(ValueError, match=r"criterion Ablation is a class: give an instance, Ablation\(\)"):
         ModularityPruner(Net(Residual()), X, [], Ablation, blocks=1)
+
+
+class After(Residual):
+    """An activation after the sum, as in a ResNet."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+def test_neighbours_go_where_only_the_first_makes_the_input_of_the_second_positive():
+    model = Net(After(), After(), After())  # nothing is rectified before the first
+    blocks = find_blocks(model, X)
+    assert [block.exact for block in blocks] == [False, True, True]
+    for names in (("blocks.0", "blocks.1"), ("blocks.1", "blocks.2"), blocks.names):
+        pruned = PruningPlan(names).apply(copy.deepcopy(model), X)
+        assert removed_blocks(pruned).remove == names
+    bare = PruningPlan(blocks.names).apply(model, X)
+    torch.testing.assert_close(bare(X), model.head(model.stem(X).mean((2, 3))))
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+
+
+class Answering(Net):
+    def forward(self, x):
+        return Answer(super().forward(x))
+
+
+def test_what_comes_in_a_dataclass_is_measured_trained_and_cut():
+    torch.manual_seed(0)
+    model, batches = Answering(Deep(), Deep()), ImageLoader(digits(True).subset(torch.arange(100)), 50)
+    model.head = nn.Linear(8, 10)
+    original, x = copy.deepcopy(model), next(iter(batches))[0][:2]
+    ModularityPruner(model, x, batches, Ablation(samples=100), blocks=1, width=0.25).step()
+    finetune(model, batches, teacher=original, epochs=1, progress=False)
+    report = compare(original, model, x, batches)
+    assert report.pruned.accuracy.samples == 100
+    assert report.params_removed > 0.4
+
+
+class Deep(Residual):
+    """With channels inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(8, 16, 3, padding=1)
+        self.conv = nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(F.relu(self.inner(x))))
+
+
+def test_scales_of_norms_are_read_without_a_step_of_spectral_norm():
+    model = Net(Residual(), Residual()).train()
+    for block in model.blocks:
+        block.conv = nn.utils.parametrizations.spectral_norm(block.conv)
+    before = copy.deepcopy(model.state_dict())
+    BnScale()(model, find_blocks(model, X))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_some_of_the_blocks_are_blocks():
+    blocks = find_blocks(Net(Residual(), Residual(), Residual()), X)
+    assert blocks[1:].names == blocks.names[1:]
+    assert blocks[-1] == tuple(blocks)[-1]
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: find_blocks(Net(Residual()), X[:0]), "hold no sample: give at least one"),
+        (lambda: count_macs(Net(Residual()), X[:0]), "hold no sample: give at least one"),
+        (lambda: ImageLoader(digits(True), 0), "batch_size=0: at least 1"),
+        (lambda: CifarVGG(12), "depth=12: one of 11, 13, 16, 19"),
+    ],
+)
+def test_what_would_divide_by_zero_or_miss_a_key_is_named(act, message):
+    with pytest.raises(ValueError, match=message):
+        act()

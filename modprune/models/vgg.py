@@ -25,10 +25,15 @@ class CifarVGG(nn.Module):
         depth: 11, 13, 16 or 19 weight layers.
         num_classes: size of the output.
         width: factor of all channels: 0.25 is a quarter of the paper's.
+
+    Raises:
+        ValueError: for another depth.
     """
 
     def __init__(self, depth: int, num_classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
+        if depth not in STAGES:
+            raise ValueError(f"depth={depth}: one of {', '.join(map(str, STAGES))} is needed")
         self._made_with = {"depth": int(depth), "width": float(width)}
         layers: list[nn.Module] = []
         channels, last = 3, int(512 * width)

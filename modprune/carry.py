@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,6 +61,16 @@ def _rebind(model: nn.Module, optimizers: Sequence[Optimizer], names: Mapping[nn
             if "param_names" in group:  # one made with `model.named_parameters()`
                 group["param_names"] = [n for n, p in zip(group["param_names"], heirs, strict=True) if p is not None]
             group["params"] = [p for p in heirs if p is not None]
+            _complete(optimizer, group)
         left = {p for group in optimizer.param_groups for p in group["params"]}
         for gone in [p for p in optimizer.state if p not in left]:
             del optimizer.state[gone]
+
+
+def _complete(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+    """Momentum of nothing so far for new tensors, where fused SGD wants that of all or of none."""
+    states = {parameter: optimizer.state.get(parameter, {}) for parameter in group["params"]}
+    if group.get("fused") and any(state.get("momentum_buffer") is not None for state in states.values()):
+        for parameter, state in states.items():
+            if state.get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -83,6 +83,20 @@ def test_training_on_equals_a_fresh_optimizer_given_the_same_state():
     assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
 
 
+def test_fused_momentum_goes_on_as_the_other():
+    ends = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = resnet20()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=fused)
+        steps(model, optimizer, 1)
+        with carry_over(model, optimizer):
+            ModularityPruner(model, IMAGES[:1], [(IMAGES, LABELS)], "l1_norm", blocks=1, width=0.5).step()
+        steps(model, optimizer, 2)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*ends)
+
+
 def test_narrowed_layers_begin_anew_in_their_group():
     torch.manual_seed(0)
     model = resnet20()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -26,10 +27,17 @@ def meet(device: torch.device | str) -> bool:
         # Loaded later, its defaults would hold on to the group, whose threads then outlive it.
         import torch.distributed.nn.functional
 
-        state = PartialState(cpu=torch.device(device).type == "cpu")
-        # Left to a process's last moments, these threads may abort it, and the launcher then ends the others.
-        atexit.register(state.destroy_process_group)
+        atexit.register(_part, PartialState(cpu=torch.device(device).type == "cpu"))
     return place()[0] == 0
+
+
+def _part(state: PartialState) -> None:
+    """End the group and its threads: left to a process's last moments, they may abort it, and its launcher the others.
+
+    What has been trained by it, in a cycle of references, holds on to it.
+    """
+    gc.collect()
+    state.destroy_process_group()
 
 
 def place() -> tuple[int, int]:

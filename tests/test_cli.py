@@ -252,9 +252,10 @@ def test_processes_of_torchrun_share_the_work_and_one_writes(weights, tmp_path):
         ["prune", *shared, "--epochs", 1, "--out", tmp_path / "out"],
     ]
     (tmp_path / "each.py").write_text(
-        "import atexit, json, sys\nfrom pathlib import Path\nfrom modprune.cli import app\n"
-        "names = lambda: ' '.join(p.read_text() for p in Path('/proc/self/task').glob('*/comm'))\n"
-        "atexit.register(lambda: print('together' if 'gloo' in names() else 'parted'))\n"  # runs last
+        "import atexit, gc, json, os, sys\nfrom subprocess import getoutput\nfrom modprune.cli import app\n"
+        "threads = lambda: getoutput(f'cat /proc/{os.getpid()}/task/*/comm')\n"
+        "atexit.register(lambda: print('together' if 'gloo' in threads() else 'parted'))\n"  # runs last
+        "gc.disable()\n"  # nor is it by luck
         "for command in json.loads(sys.argv[1]):\n    app(command, standalone_mode=False)"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -177,7 +177,7 @@ def plan(
     channels = f", channels: {sum(len(c) for _, c in chosen.width)}" if chosen.width else ""
     units = {"flops": "MACs", "params": "parameters", "latency": "time"}
     share = ", ".join(f"{value:.2%} of the {units[name]}" for name, value in freed.items())
-    print(f"To go: blocks: {len(chosen.remove)}{channels}; {share}")
+    print(f"Blocks to remove: {len(chosen.remove)}{channels} ({share})")
     if json_ is not None:
         chosen.to_json(json_)
 

@@ -77,8 +77,7 @@ def finetune(
             after the step that it comes in (in several processes within 25), whose state is written too.
         resume: go on from the newest state in `checkpoints`, to the result of an uninterrupted run: amid an epoch,
             its batches up to there are drawn once more. Workers that persist draw by generators of their own, which no
-            state brings back. With another number of epochs, the rate goes on along the
-            cosine of that number.
+            state brings back. With another number of epochs, the rate goes on along the cosine of that number.
         halvings: how often to go back to the newest state, with half the rate, if the loss stops being finite; needs
             `checkpoints`.
         progress: show a bar.

@@ -75,7 +75,7 @@ def prune_job(
         seed: of calibration images, order and augmentation.
         log_with: names of accelerate's trackers that get the epochs as well: "tensorboard", "wandb", ...
         resume: go on from the newest checkpoint in `out`, to the result of an uninterrupted run. Of a finished one,
-            the report is made again and nothing else is done.
+            the report is made again and nothing else is done, but that checkpoints which a kill has left go.
 
     Raises:
         ValueError: for a budget that cannot be met, test images of another kind than the training images, a folder

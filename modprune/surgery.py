@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -175,23 +175,11 @@ def _skipped(
     if shared or not going:
         return []
     others = _merged([parts for block, parts in zip(blocks, new, strict=True) if not block.exact])
-    given: dict[str, Tensor | None] = {}
-    changed: set[str] = set()
-
-    def compare(name: str, out: Any) -> None:
-        x, y = given.pop(name, None), first_tensor(out)
-        if x is not None and y is not None and not torch.equal(x, y):
-            changed.add(name)
-
     with ExitStack() as stack:
         stack.callback(swap, model, swap(model, others))
         for name in going:
-            block = model.get_submodule(name)
-            stack.enter_context(filled(block, 0))
-            keep = lambda _, args, kwargs, name=name: given.update({name: _copy_of_first((args, kwargs))})  # noqa: E731
-            stack.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
-            look = lambda _, __, out, name=name: compare(name, out)  # noqa: E731
-            stack.enter_context(block.register_forward_hook(look))
+            stack.enter_context(filled(model.get_submodule(name), 0))
+        changed = stack.enter_context(_changing({name: model.get_submodule(name) for name in going}))
         with torch.no_grad(), evaluating(model):
             dice = random_state(None)
             try:
@@ -204,9 +192,27 @@ def _skipped(
     return made if is_untouched(dice) else []
 
 
-def _copy_of_first(given: Any) -> Tensor | None:
-    x = first_tensor(given)
-    return None if x is None else x.clone()
+@contextmanager
+def _changing(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """The names of the modules that have given back another first tensor than they were given, so far."""
+    given: dict[str, Tensor] = {}
+    changed: set[str] = set()
+
+    def before(name: str, *arguments: Any) -> None:
+        if (x := first_tensor(arguments)) is not None:
+            given[name] = x.clone()  # the module may write into it
+
+    def after(name: str, out: Any) -> None:
+        if name in given and (y := first_tensor(out)) is not None and not torch.equal(given[name], y):
+            changed.add(name)
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            keep = lambda _, args, kwargs, name=name: before(name, args, kwargs)  # noqa: E731
+            hooks.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
+            look = lambda _, __, out, name=name: after(name, out)  # noqa: E731
+            hooks.enter_context(module.register_forward_hook(look))
+        yield changed
 
 
 def _problem(

@@ -263,7 +263,7 @@ def test_processes_of_torchrun_share_the_work_and_one_writes(weights, tmp_path):
     each = [*launch, str(tmp_path / "each.py"), texts]
     done = subprocess.run(each, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [done.stdout.count(word) for word in ("Written to", "blocks: 2", "spread", "parted")] == [1, 1, 1, 2]
+    assert [done.stdout.count(word) for word in ("Written to", "to remove: 2", "spread", "parted")] == [1, 1, 1, 2]
     assert in_process("curve", *little, "--json", tmp_path / "one.json").exit_code == 0
     both, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("curve", "one"))
     assert np.allclose(both["q"], one["q"], atol=1e-6)

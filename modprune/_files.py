@@ -1,13 +1,16 @@
-"""Files that are whole or not there: written beside, then renamed."""
+"""Files that are whole or not there: written beside, then renamed; and what is written to them."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -80,6 +83,14 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def to_json(data: Any, path: str | Path | None = None, indent: int | None = 2) -> str:
+    """JSON text, written to `path` as well if given; numbers of numpy, which arguments may be, become Python's own."""
+    text = json.dumps(data, indent=indent, default=methodcaller("item")) + "\n"
+    if path is not None:
+        write_text(path, text)
+    return text
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,6 +60,12 @@ def _fraction(value: float | None) -> float | None:
     return value
 
 
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number, such as 0.1")
+    return value
+
+
 def to_write(value: Path | None) -> Path | None:
     """The file of a result, as given; told before the work if it cannot be written."""
     if value is not None:
@@ -92,6 +99,7 @@ Criterion = Annotated[
     str,
     typer.Option(help=f"What scores the blocks: {', '.join(CRITERION_NAMES)}.", callback=_one_of(CRITERION_NAMES)),
 ]
+Rate = Annotated[float, typer.Option(min=0.0, help="Peak learning rate.", callback=_finite)]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of calibration images, their order and augmentation.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 Json = Annotated[

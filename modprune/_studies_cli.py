@@ -17,6 +17,7 @@ from modprune._options import (
     Device,
     K,
     Model,
+    Rate,
     Repeats,
     Samples,
     Seed,
@@ -45,7 +46,6 @@ Out = Annotated[Path, typer.Option(help="Folder for study.json, study.png, study
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted study in --out.")]
 Cuts = Annotated[int, typer.Option(min=1, help="Blocks of the largest cut.")]
 Epochs = Annotated[int, typer.Option(min=0, help="Of fine-tuning each cut; 0 leaves it out.")]
-Rate = Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")]
 
 
 def _each_model(values: list[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from modprune._options import (
     Latency,
     Model,
     Params,
+    Rate,
     Repeats,
     Samples,
     Seed,
@@ -188,7 +188,7 @@ def prune(
     data: Data = "cifar10", data_dir: DataDir = Path("data"), flops: Flops = None, params: Params = None,
     count: Count = None, latency: Latency = None, width: Width = None, criterion: Criterion = "modularity",
     epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 stops before it.")] = 40,
-    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 0.1,
+    lr: Rate = 0.1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
     seed: Seed = 0, device: Device = "auto",
     log_with: Annotated[list[str], typer.Option(help="Trackers of accelerate: tensorboard, wandb, ...; repeatable.")]
@@ -286,10 +286,10 @@ def _check_budget(flops: float | None, params: float | None, count: int | None, 
 
 
 def _write(path: Path | None, data: Any) -> None:
-    from modprune._files import write_text
+    from modprune._files import to_json
 
     if path is not None:
-        write_text(path, json.dumps(data, indent=2) + "\n")
+        to_json(data, path)
 
 
 if __name__ == "__main__":

@@ -299,9 +299,7 @@ class Consensus:
         """(criteria, blocks): equal scores have equal ranks."""
         ranks = []
         for criterion in map(resolve, self.criteria):
-            mean = criterion(model, blocks, loader).mean
-            if missing := [name for name in blocks.names if name not in mean]:
-                raise ValueError(f"{name_of(criterion)} gave no score for block {missing[0]}")
+            mean = scores_by(criterion, model, blocks, loader).mean
             _, rank = np.unique([mean[name] for name in blocks.names], return_inverse=True)
             ranks.append(rank / max(1, rank.max()))
         return BlockScores(blocks.names, np.array(ranks))
@@ -351,6 +349,16 @@ def fitted(criterion: str | Criterion, samples: int) -> Criterion:
     if isinstance(made, Consensus):
         return replace(made, criteria=tuple(fitted(name, samples) for name in made.criteria))
     return replace(made, samples=min(made.samples, samples)) if hasattr(made, "samples") else made
+
+
+def scores_by(criterion: Criterion, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
+    """What the criterion gives; raises ValueError if that is no `BlockScores`, or leaves a block out."""
+    scores: Any = criterion(model, blocks, loader)
+    if not isinstance(scores, BlockScores):
+        raise ValueError(f"{name_of(criterion)} gave a {type(scores).__name__}: a criterion returns BlockScores")
+    if missing := [name for name in blocks.names if name not in scores.names]:
+        raise ValueError(f"{name_of(criterion)} gave no score for block {missing[0]}")
+    return scores
 
 
 def name_of(criterion: Criterion) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modprune._files import write_text
+from modprune._files import to_json
 from modprune._inputs import batch_size, call, device_of, evaluating, first_sample, first_tensor, to_device
 from modprune._random import undisturbed
 from modprune.blocks import Blocks, find_blocks
@@ -83,10 +82,7 @@ class ModularityCurve:
             "plateaus": list(self.plateaus()),
             "degradations": list(self.degradations()),
         }
-        text = json.dumps(data, indent=2) + "\n"
-        if path is not None:
-            write_text(path, text)
-        return text
+        return to_json(data, path)
 
     def plot(self, ax: Axes | None = None, removed: Sequence[str] = ()) -> Axes:
         """Draw Q per layer with its spread as a band, plateaus and degradations shaded and `removed` blocks marked."""

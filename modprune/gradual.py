@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
+from modprune._files import to_json
 from modprune._inputs import first_sample
 from modprune._random import undisturbed
 from modprune.blocks import check_bare
@@ -180,15 +182,16 @@ class GradualPruning:
 
     def state_dict(self) -> dict[str, Any]:
         """How far it has come, for `state`; of JSON's types alone."""
-        return {
+        state = {
             "budget": self.budget,
-            "shares": list(self.shares),
+            "shares": self.shares,
             "count": self.count,
             "stage": self.stage,
             "plans": [plan.to_json() for plan in self.plans],
             "whole": self.whole,
             "gone": removed_blocks(self.model).to_json(),
         }
+        return json.loads(to_json(state))
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         mine = self.state_dict()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modprune._environment import commit, environment
-from modprune._files import alone, write_text
+from modprune._files import alone, to_json, write_text
 from modprune._inputs import device_of
 from modprune._processes import everyones, meet
 from modprune.checkpoints import check_empty, check_writable
@@ -170,7 +170,7 @@ def _check_same(out: Path, arguments: Mapping[str, Any]) -> bool:
     record = out / "run.json"
     if not record.exists():
         return False
-    mine = json.loads(json.dumps(arguments))
+    mine = json.loads(to_json(arguments))
     try:
         found = json.loads(record.read_text())
         theirs, finished = found["arguments"], bool(found["finished"])
@@ -223,7 +223,7 @@ def _describe(out: Path, arguments: dict[str, Any], device: torch.device, finish
     """`run.json`: what somebody needs to know of the run a year later."""
     place = {"device": str(device), "host": platform.node(), "folder": str(Path.cwd()), "commit": commit(Path.cwd())}
     facts = {"arguments": arguments, "finished": finished, "command": sys.argv, **place, **environment()}
-    write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
+    to_json(facts, out / "run.json")
 
 
 def _digest(values: Mapping[str, Any]) -> str:

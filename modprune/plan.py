@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modprune._files import write_text
+from modprune._files import to_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,10 +92,7 @@ class PruningPlan:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text; written to `path` as well if given, in one step."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
-        if path is not None:
-            write_text(path, text)
-        return text
+        return to_json({"format": FORMAT, **asdict(self)}, path)
 
     @classmethod
     def from_json(cls, source: str | Path) -> PruningPlan:

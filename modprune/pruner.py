@@ -19,7 +19,7 @@ from modprune._random import undisturbed
 from modprune.blocks import Block, Blocks, find_blocks
 from modprune.budget import Budget, Candidate, choose
 from modprune.cost import count_macs, count_params, latency_by_module, macs_by_module
-from modprune.criteria import BlockScores, Criterion, name_of, resolve
+from modprune.criteria import BlockScores, Criterion, name_of, resolve, scores_by
 from modprune.plan import PruningPlan
 from modprune.width import choose_cuts, narrow
 
@@ -78,15 +78,15 @@ class ModularityPruner:
         ignored_layers: Sequence[nn.Module | str] = (),
         iterative_steps: int = 1,
     ) -> None:
-        if iterative_steps < 1:
-            raise ValueError(f"iterative_steps={iterative_steps}: at least 1 is needed")
+        if iterative_steps < 1 or iterative_steps != int(iterative_steps):
+            raise ValueError(f"iterative_steps={iterative_steps}: a whole number, at least 1, is needed")
         if width is not None and not 0 < width < 1:
             raise ValueError(f"width={width}: a fraction of the channels between 0 and 1 is needed")
         self.wrapper = model if isinstance(model, (DataParallel, DistributedDataParallel)) else None
         self.model = model = model if self.wrapper is None else self.wrapper.module
         self.example_inputs, self.loader = example_inputs, loader
         self.criterion, self.budget = resolve(criterion), Budget(flops, params, blocks, latency)
-        self.ignored, self.iterative_steps, self.width = _names(model, ignored_layers), iterative_steps, width
+        self.ignored, self.iterative_steps, self.width = _names(model, ignored_layers), int(iterative_steps), width
         self.scores: BlockScores | None = None
         self._plan: PruningPlan | None = None
 
@@ -132,8 +132,7 @@ class ModularityPruner:
             if not blocks:
                 raise ValueError(f"{type(model).__name__} has no block that can be removed ({blocks.why_no_more})")
             with undisturbed(self.loader):
-                scores = self.criterion(model, blocks, self.loader)
-            scores = _of_all(scores)
+                scores = _of_all(scores_by(self.criterion, model, blocks, self.loader))
             self.scores = self.scores or scores
             if left is None:
                 continue
@@ -228,9 +227,6 @@ def _candidates(
     blocks: Blocks, scores: BlockScores, ignored: frozenset[str], times: Mapping[str, int]
 ) -> list[Candidate]:
     mean = scores.mean
-    missing = [name for name in blocks.names if name not in mean]
-    if missing:
-        raise ValueError(f"the criterion gave no score for block {missing[0]}")
     return [
         Candidate(block.name, mean[block.name], block.macs, block.params, times.get(block.name, 0))
         for block in blocks

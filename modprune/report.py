@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modprune._files import write_text
+from modprune._files import to_json
 from modprune._inputs import device_of
 from modprune.cost import count_params, latency, mac_differences, macs_by_counter
 from modprune.evaluate import Evaluation, evaluate
@@ -103,10 +102,7 @@ class Report:
     def to_json(self, path: str | Path | None = None) -> str:
         """All numbers as JSON text; written to `path` as well if given, in one step."""
         data = asdict(self) | {"flops_removed": self.flops_removed, "params_removed": self.params_removed}
-        text = json.dumps(data, indent=2) + "\n"
-        if path is not None:
-            write_text(path, text)
-        return text
+        return to_json(data, path)
 
 
 def compare(

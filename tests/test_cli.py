@@ -356,7 +356,9 @@ def test_parts_of_a_study_are_those_of_the_weights_not_of_their_path(weights, tm
     assert in_process(*shared, moved, "--resume").exit_code == 0
 
 
-@pytest.mark.parametrize("wrong", ["attacks --attack nope", "difference --seed -1", "separation --seed 4294967296"])
+@pytest.mark.parametrize(
+    "wrong", ["attacks --attack nope", "difference --seed -1", "separation --seed 4294967296", "plateaus --lr inf"]
+)
 def test_wrong_usage_of_studies_makes_no_folder(wrong, weights, tmp_path):
     shared = ["--model", "resnet20", "--weights", weights, "--data", "digits", "--out", tmp_path / "out"]
     assert in_process("study", *wrong.split(), *shared).exit_code == 2

@@ -439,14 +439,20 @@ def test_classifiers_with_dicts_can_be_ablated():
         assert criterion(model, blocks, [batch]).values.shape == (1, len(blocks))
 
 
-def test_a_criterion_that_leaves_a_block_out_is_named():
+def test_a_criterion_that_leaves_a_block_out_or_gives_something_else_is_named():
     def half(model, blocks, loader):
         return BlockScores(blocks.names[1:], np.ones((1, len(blocks) - 1)))
 
+    def forgetful(model, blocks, loader):
+        half(model, blocks, loader)
+
     model = resnet20()
     blocks = find_blocks(model, torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"half gave no score for block layer1\.0"):
-        Consensus(("random", half))(model, blocks, LABELLED)
+    for wrong, problem in ((half, r"gave no score for block layer1\.0"), (forgetful, "gave a NoneType: a criter")):
+        with pytest.raises(ValueError, match=f"{wrong.__name__} {problem}"):
+            Consensus(("random", wrong))(model, blocks, LABELLED)
+        with pytest.raises(ValueError, match=f"{wrong.__name__} {problem}"):
+            ModularityPruner(model, torch.zeros(1, 3, 8, 8), LABELLED, wrong, blocks=1).plan()
     with pytest.raises(ValueError, match="repeats=0: at least 1 is needed"):
         Ablation(repeats=0)(model, blocks, LABELLED)
 

@@ -107,7 +107,7 @@ def test_a_failed_stage_comes_again():
 
 def test_it_goes_on_in_another_process():
     torch.manual_seed(0)
-    model, options = resnet20(), {"criterion": "l1_norm", "at": (1, 2), "flops": 0.5, "shares": (0.5, 1)}
+    model, options = resnet20(), {"criterion": "l1_norm", "at": (1, 2), "flops": 0.5, "shares": (np.float32(0.5), 1)}
     prune = GradualPruning(model, loader(), **options)
     other = copy.deepcopy(model)
     prune(1)

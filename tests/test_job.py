@@ -127,8 +127,10 @@ def test_a_criterion_is_the_same_wherever_it_lies_in_memory(tmp_path):
     assert "budget" not in repr(Modularity())
 
 
-def test_few_images_are_enough(tmp_path):
-    few = digits(True).subset(torch.arange(150))
-    prune_job(resnet20(), few, few, tmp_path, blocks=2)
+def test_few_images_and_numbers_of_numpy_are_enough(tmp_path):
+    few, model = digits(True).subset(torch.arange(150)), resnet20()
+    recipe = Recipe(epochs=np.int64(1), lr=np.float32(0.01))
+    for resume in (False, True):
+        prune_job(model, few, few, tmp_path, blocks=np.int64(2), recipe=recipe, seed=np.int64(3), resume=resume)
     curve = json.loads((tmp_path / "curve.json").read_text())
     assert len(curve["layers"]) == 10

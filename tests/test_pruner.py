@@ -191,7 +191,8 @@ def test_iterations_meet_the_same_budget_and_measure_anew():
         ({}, "no budget"),
         ({"flops": 1.0}, "flops=1.0: a fraction"),
         ({"blocks": 1, "criterion": "magic"}, "criterion 'magic' is unknown: give one of modularity"),
-        ({"blocks": 1, "iterative_steps": 0}, "iterative_steps=0"),
+        ({"blocks": 1, "iterative_steps": 0}, "iterative_steps=0: a whole number"),
+        ({"blocks": 1, "iterative_steps": 1.5}, "iterative_steps=1.5: a whole number"),
     ],
 )
 def test_arguments_are_checked_at_once(arguments, message):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modprune._files import write_bytes, write_text
+from modprune._files import to_json, write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ class Study:
             OSError: if the folder cannot be written.
         """
         out = Path(out)
-        write_text(out / "study.json", json.dumps({"study": self.name, **self.numbers}, indent=1) + "\n")
+        to_json({"study": self.name, **self.numbers}, out / "study.json", indent=1)
         for form in ("png", "svg"):
             buffer = io.BytesIO()
             with style():
@@ -115,7 +115,7 @@ class Parts:
 
     def __init__(self, path: str | Path | None = None, arguments: Any = None, resume: bool = False) -> None:
         self.path = None if path is None else Path(path)
-        self.arguments = json.loads(json.dumps(arguments))
+        self.arguments = json.loads(to_json(arguments))
         self.known: dict[str, Any] = {}
         if self.path is None or not self.path.exists():
             return
@@ -142,7 +142,7 @@ class Parts:
         """Write a part down."""
         self.known[name] = value
         if self.path is not None:
-            write_text(self.path, json.dumps({"arguments": self.arguments, "parts": self.known}) + "\n")
+            to_json({"arguments": self.arguments, "parts": self.known}, self.path, indent=None)
 
     def done(self) -> None:
         """The study is written: its parts are no longer needed."""

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
@@ -31,7 +33,7 @@ from modprune.checkpoints import check_empty, load_newest, save_state
 from modprune.criteria import Modularity
 from modprune.finetune import autocast_dtype
 from modprune.recipe import warmup_cosine
-from modprune.signals import put_off
+from modprune.signals import Notice, put_off
 from modprune.specs import build_model
 
 SIZE, RESIZE = 224, 256  # of images that are trained on, and of the short side before the middle of it is tested on
@@ -50,7 +52,7 @@ class Images(ImageFolder):
         super().__init__(root, transform)
         self.unread = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # the workers of a loader share it
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | None:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         """An image and its class, or None."""
         path, label = self.samples[index]
         try:
@@ -62,7 +64,7 @@ class Images(ImageFolder):
             return None
 
 
-def together(samples: list[tuple[torch.Tensor, int] | None]) -> list[torch.Tensor]:
+def together(samples: list[tuple[Tensor, int] | None]) -> list[Tensor]:
     """A batch of the images that could be read."""
     read = [sample for sample in samples if sample is not None]
     if not read:
@@ -70,7 +72,7 @@ def together(samples: list[tuple[torch.Tensor, int] | None]) -> list[torch.Tenso
     return default_collate(read)
 
 
-def pretrained(spec: str, weights: str) -> torch.nn.Module:
+def pretrained(spec: str, weights: str) -> nn.Module:
     """A network by `torchvision:NAME` or `timm:NAME`, with its published weights or those of a file."""
     source, _, name = spec.partition(":")
     if weights != "published":
@@ -84,7 +86,7 @@ def pretrained(spec: str, weights: str) -> torch.nn.Module:
     return get_model(name, weights="DEFAULT")
 
 
-def transforms(spec: str, model: torch.nn.Module) -> tuple[int, v2.Compose, v2.Compose]:
+def transforms(spec: str, model: nn.Module) -> tuple[int, v2.Compose, v2.Compose]:
     """The size of a network's images, and what makes them for training and for testing."""
     source, _, name = spec.partition(":")
     size, resize, mean, std, mode = SIZE, RESIZE, MEAN, STD, INTERPOLATION
@@ -102,11 +104,74 @@ def transforms(spec: str, model: torch.nn.Module) -> tuple[int, v2.Compose, v2.C
     return size, train, v2.Compose([v2.Resize(resize, **how), v2.CenterCrop(size), *tensor])
 
 
+class Training:
+    """What is left of the network on its way: optimizer, schedule and average of the weights, as a state has them."""
+
+    def __init__(self, arguments: argparse.Namespace, accelerator: Accelerator, bare: nn.Module, loader: DataLoader):
+        self.accelerator, self.bare, self.loader = accelerator, bare, loader
+        self.epochs, self.checkpoints = arguments.epochs, arguments.out / "checkpoints"
+        steps = len(loader) * arguments.epochs
+        decay = max(0.0, 1 - 20 * arguments.accumulate / steps)  # an average over the last twentieth
+        self.ema = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        lr = arguments.lr * arguments.batch_size * arguments.accumulate * accelerator.num_processes / 256
+        optimizer = torch.optim.SGD(bare.parameters(), lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+        self.schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, 0.05 * steps, steps))
+        self.model, self.optimizer = accelerator.prepare(bare, optimizer)
+        accelerator.register_for_checkpointing(self.schedule, self.ema)
+
+    def run(self, teacher: nn.Module, test_loader: DataLoader, resume: bool) -> nn.Module:
+        """All epochs, or those that are left; returns the average."""
+        first, begun = load_newest(self.accelerator, self.checkpoints) if resume else (0, 0)
+        with put_off(signal.SIGTERM) as told:
+            for epoch in range(first, self.epochs):
+                self.epoch(epoch, begun if epoch == first else 0, teacher, told)
+                save_state(self.accelerator, self.checkpoints, epoch + 1)
+                if told.anywhere():
+                    told.obey()
+                if self.accelerator.is_main_process:
+                    top1 = modprune.evaluate(self.ema.module, test_loader).top1
+                    print(f"epoch {epoch + 1}: Top-1 of the average {top1:.2f} %")
+        return self.ema.module
+
+    def epoch(self, epoch: int, begun: int, teacher: nn.Module, told: Notice) -> None:
+        """One pass over the images, but for the `begun` batches that a state has seen."""
+        self.model.train()
+        left = skip_first_batches(self.loader, begun)
+        left.set_epoch(epoch)
+        bar = tqdm(left, f"epoch {epoch + 1}", disable=not self.accelerator.is_main_process)
+        for step, (images, labels) in enumerate(bar, begun + 1):
+            with self.accelerator.accumulate(self.model), self.accelerator.autocast():
+                loss = self.loss(images, labels, teacher)
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.schedule.step()
+            if not self.accelerator.sync_gradients:
+                continue
+            self.ema.update_parameters(self.bare)
+            look = step // self.accelerator.gradient_accumulation_steps % LOOK == 0
+            if look:
+                if not loss.isfinite():
+                    raise RuntimeError(f"epoch {epoch + 1}, step {step}: the loss is {loss}; try a lower --lr")
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+            if (look or self.accelerator.num_processes == 1) and told.anywhere():
+                save_state(self.accelerator, self.checkpoints, epoch, step)
+                told.obey()
+
+    def loss(self, images: Tensor, labels: Tensor, teacher: nn.Module) -> Tensor:
+        """What the labels and the teacher say."""
+        logits = self.model(images).float()
+        with torch.no_grad():
+            soft = F.log_softmax(teacher(images).float() / TEMPERATURE, 1)
+        hard = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
+        kl = F.kl_div(F.log_softmax(logits / TEMPERATURE, 1), soft, reduction="batchmean", log_target=True)
+        return (1 - DISTILL) * hard + DISTILL * TEMPERATURE**2 * kl
+
+
 def main(arguments: argparse.Namespace) -> None:
     """Prune, fine-tune, report."""
-    checkpoints = arguments.out / "checkpoints"
     if not arguments.resume:
-        check_empty(checkpoints)
+        check_empty(arguments.out / "checkpoints")
     precision = "bf16" if autocast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
     # The order of an epoch is the same when it is begun again.
     order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed)
@@ -115,24 +180,39 @@ def main(arguments: argparse.Namespace) -> None:
     )
     teacher = pretrained(arguments.model, arguments.weights).to(accelerator.device).eval()
     size, augmented, as_is = transforms(arguments.model, teacher)
-    train = Images(arguments.data_dir / "train", augmented)
-    plain, test = Images(arguments.data_dir / "train", as_is), Images(arguments.data_dir / "val", as_is)
+    train, test = Images(arguments.data_dir / "train", augmented), Images(arguments.data_dir / "val", as_is)
     options = {"batch_size": arguments.batch_size, "num_workers": arguments.workers, "collate_fn": together}
-    seeded = torch.Generator().manual_seed(arguments.seed)
-    calibration = DataLoader(plain, shuffle=True, generator=seeded, **options)
     train_loader = accelerator.prepare(DataLoader(train, shuffle=True, drop_last=True, **options))
     test_loader = DataLoader(test, **options)
-    example = torch.zeros(1, 3, size, size, device=accelerator.device)
     if not len(train_loader):
         raise ValueError(
             f"{len(train)} images for --batch-size {arguments.batch_size} in {accelerator.num_processes} processes: "
             "give a smaller one"
         )
-    # What plan, steps and rate follow from: a state of another run would turn them into others. More epochs may follow.
+    begin(arguments, accelerator, len(train_loader))
+    example = torch.zeros(1, 3, size, size, device=accelerator.device)
+    plain, seeded = Images(arguments.data_dir / "train", as_is), torch.Generator().manual_seed(arguments.seed)
+    calibration = DataLoader(plain, shuffle=True, generator=seeded, **options)
+    plan = planned(arguments, accelerator, teacher, example, calibration)
+    accelerator.print(f"removing {len(plan.remove)} blocks: {', '.join(plan.remove)}")
+    bare = plan.apply(copy.deepcopy(teacher), example)
+    pruned = Training(arguments, accelerator, bare, train_loader).run(teacher, test_loader, arguments.resume)
+
+    unread = [accelerator.reduce(data.unread.int().to(accelerator.device)) for data in (train, test)]
+    accelerator.print(f"unreadable images left out: {sum(int((by > 0).sum()) for by in unread)}")
+    if accelerator.is_main_process:
+        report = modprune.compare(teacher, pruned, example, test_loader)
+        print(report)
+        report.to_json(arguments.out / "report.json")
+        modprune.save(pruned, arguments.out / "model.safetensors")
+
+
+def begin(arguments: argparse.Namespace, accelerator: Accelerator, steps: int) -> None:
+    """Note what plan, steps and rate follow from; to go on with another run's state would turn them into others."""
     run = {name: value for name, value in vars(arguments).items() if name not in MAY_DIFFER}
-    run |= {"steps an epoch": len(train_loader), "processes": accelerator.num_processes}
-    run_file, plan_file = arguments.out / "run.json", arguments.out / "plan.json"
-    before = json.loads(run_file.read_text()) if arguments.resume and run_file.exists() else run
+    run |= {"steps an epoch": steps, "processes": accelerator.num_processes}
+    noted = arguments.out / "run.json"
+    before = json.loads(noted.read_text()) if arguments.resume and noted.exists() else run
     if odd := [name for name in run if before.get(name) != run[name]]:
         there, here = ({name: values.get(name) for name in odd} for values in (before, run))
         raise ValueError(f"--resume: the run in {arguments.out} has {there}, this one {here}: start it as that was")
@@ -140,74 +220,28 @@ def main(arguments: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         arguments.out.mkdir(parents=True, exist_ok=True)
         if not arguments.resume:
-            plan_file.unlink(missing_ok=True)  # of a run that was cut short there
-        partial = run_file.with_suffix(".partial")
+            (arguments.out / "plan.json").unlink(missing_ok=True)  # of a run that was cut short there
+        partial = noted.with_suffix(".partial")
         partial.write_text(json.dumps(run, indent=2) + "\n")
-        partial.replace(run_file)  # whole, or as it was
-    if arguments.resume and plan_file.exists():
-        plan = modprune.PruningPlan.from_json(plan_file)
-    else:
-        criterion = Modularity(samples=arguments.samples, repeats=arguments.repeats, budget=BUDGET)
-        plan = modprune.ModularityPruner(teacher, example, calibration, criterion, flops=arguments.flops).plan()
-        if accelerator.is_main_process:
-            plan.to_json(plan_file)
-    accelerator.print(f"removing {len(plan.remove)} blocks: {', '.join(plan.remove)}")
-    bare = plan.apply(copy.deepcopy(teacher), example)
+        partial.replace(noted)  # whole, or as it was
 
-    steps = len(train_loader) * arguments.epochs
-    decay = max(0.0, 1 - 20 * arguments.accumulate / steps)  # an average over the last twentieth
-    ema = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    lr = arguments.lr * arguments.batch_size * arguments.accumulate * accelerator.num_processes / 256
-    optimizer = torch.optim.SGD(bare.parameters(), lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 0.05 * steps, steps))
-    model, optimizer = accelerator.prepare(bare, optimizer)
-    accelerator.register_for_checkpointing(schedule, ema)
-    first, begun = load_newest(accelerator, checkpoints) if arguments.resume else (0, 0)
 
-    with put_off(signal.SIGTERM) as told:
-        for epoch in range(first, arguments.epochs):
-            model.train()
-            left = skip_first_batches(train_loader, begun)
-            left.set_epoch(epoch)
-            bar = tqdm(left, f"epoch {epoch + 1}", disable=not accelerator.is_main_process)
-            for step, (images, labels) in enumerate(bar, begun + 1):
-                with accelerator.accumulate(model), accelerator.autocast():
-                    logits = model(images).float()
-                    with torch.no_grad():
-                        soft = F.log_softmax(teacher(images).float() / TEMPERATURE, 1)
-                    hard = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
-                    kl = F.kl_div(F.log_softmax(logits / TEMPERATURE, 1), soft, reduction="batchmean", log_target=True)
-                    loss = (1 - DISTILL) * hard + DISTILL * TEMPERATURE**2 * kl
-                    accelerator.backward(loss)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                schedule.step()
-                if not accelerator.sync_gradients:
-                    continue
-                ema.update_parameters(bare)
-                look = step // arguments.accumulate % LOOK == 0
-                if look:
-                    if not loss.isfinite():
-                        raise RuntimeError(f"epoch {epoch + 1}, step {step}: the loss is {loss}; try a lower --lr")
-                    bar.set_postfix(loss=f"{loss.item():.3f}")
-                if (look or accelerator.num_processes == 1) and told.anywhere():
-                    save_state(accelerator, checkpoints, epoch, step)
-                    told.obey()
-            begun = 0
-            save_state(accelerator, checkpoints, epoch + 1)
-            if told.anywhere():
-                told.obey()
-            if accelerator.is_main_process:
-                top1 = modprune.evaluate(ema.module, test_loader).top1
-                print(f"epoch {epoch + 1}: Top-1 of the average {top1:.2f} %")
-
-    unread = [accelerator.reduce(data.unread.int().to(accelerator.device)) for data in (train, test)]
-    accelerator.print(f"unreadable images left out: {sum(int((by > 0).sum()) for by in unread)}")
+def planned(
+    arguments: argparse.Namespace,
+    accelerator: Accelerator,
+    teacher: nn.Module,
+    example: Tensor,
+    calibration: DataLoader,
+) -> modprune.PruningPlan:
+    """The plan that the run was begun with, or a new one."""
+    file = arguments.out / "plan.json"
+    if arguments.resume and file.exists():
+        return modprune.PruningPlan.from_json(file)
+    criterion = Modularity(samples=arguments.samples, repeats=arguments.repeats, budget=BUDGET)
+    plan = modprune.ModularityPruner(teacher, example, calibration, criterion, flops=arguments.flops).plan()
     if accelerator.is_main_process:
-        report = modprune.compare(teacher, ema.module, example, test_loader)
-        print(report)
-        report.to_json(arguments.out / "report.json")
-        modprune.save(ema.module, arguments.out / "model.safetensors")
+        plan.to_json(file)
+    return plan
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -45,7 +45,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name}: a {type(value).__name__} in the state dict, and the file holds tensors alone")
-        if value.layout != torch.strided or value.dtype in (torch.complex128, torch.complex32):
+        if value.layout != torch.strided or value.is_quantized or value.dtype in (torch.complex128, torch.complex32):
             raise ValueError(f"{name}: {value.layout} of {value.dtype}, which safetensors cannot hold")
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
     plan, narrowed = removed_blocks(model), narrowed_layers(model)

@@ -385,6 +385,23 @@ def test_extra_state_that_is_no_tensor_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("odd", "kind"),
+    [
+        (lambda t: t.to_sparse(), "torch.sparse_coo of torch.float32"),
+        (lambda t: t.to(torch.complex128), "torch.strided of torch.complex128"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "torch.strided of torch.qint8"),
+    ],
+)
+def test_what_safetensors_cannot_hold_is_named(odd, kind, tmp_path):
+    model = resnet20()
+    model.register_buffer("odd", odd(torch.ones(3)))
+    with pytest.raises(ValueError, match=f"odd: {kind}, which safetensors cannot hold"):
+        save(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot be written .*give a folder that can"):

@@ -27,17 +27,19 @@ def meet(device: torch.device | str) -> bool:
         # Loaded later, its defaults would hold on to the group, whose threads then outlive it.
         import torch.distributed.nn.functional
 
-        atexit.register(_part, PartialState(cpu=torch.device(device).type == "cpu"))
+        PartialState(cpu=torch.device(device).type == "cpu")
+        atexit.register(_part)
     return place()[0] == 0
 
 
-def _part(state: PartialState) -> None:
+def _part() -> None:
     """End the group and its threads: left to a process's last moments, they may abort it, and its launcher the others.
 
     What has been trained by it, in a cycle of references, holds on to it.
     """
     gc.collect()
-    state.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def place() -> tuple[int, int]:

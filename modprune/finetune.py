@@ -22,7 +22,7 @@ from tqdm import tqdm
 from modprune._autograd import first_line
 from modprune._inputs import call, device_of, modes_kept, split_batch, to_device
 from modprune._means import Diverged, Means, share_right
-from modprune._processes import everyones, from_first, place
+from modprune._processes import everyones, from_first, meet, place
 from modprune._random import from_batch, own_state, random_state, set_own_state
 from modprune.checkpoints import check_empty, check_writable, difference, load_newest, save_state, states
 from modprune.data import set_epoch
@@ -301,6 +301,7 @@ class _Run:
 
 def _accelerator(device: torch.device) -> Accelerator:
     """In the precision that pays on the device, unless somebody's Accelerator in this process has settled it before."""
+    meet(device)
     precision = None if is_initialized() else ("bf16" if autocast_dtype(device) else "no")
     each_step = GradientAccumulationPlugin(num_steps=1)  # whatever somebody's environment says of accumulation
     accelerator = Accelerator(

@@ -252,10 +252,14 @@ def test_processes_of_torchrun_share_the_work_and_one_writes(weights, tmp_path):
         ["prune", *shared, "--epochs", 1, "--out", tmp_path / "out"],
     ]
     (tmp_path / "each.py").write_text(
-        "import atexit, gc, json, os, sys\nfrom subprocess import getoutput\nfrom modprune.cli import app\n"
+        "import atexit, gc, json, os, sys\nfrom subprocess import getoutput\nimport torch\n"
+        "from modprune import finetune\nfrom modprune.cli import app\n"
         "threads = lambda: getoutput(f'cat /proc/{os.getpid()}/task/*/comm')\n"
         "atexit.register(lambda: print('together' if 'gloo' in threads() else 'parted'))\n"  # runs last
         "gc.disable()\n"  # nor is it by luck
+        "model, batch = torch.nn.Linear(4, 2), (torch.randn(8, 4), torch.arange(8) % 2)\n"
+        "finetune(model, [batch], epochs=1, progress=False)\n"  # what starts the processes may be this too
+        "assert torch.distributed.get_world_size() == 2\n"
         "for command in json.loads(sys.argv[1]):\n    app(command, standalone_mode=False)"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

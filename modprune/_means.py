@@ -15,7 +15,7 @@ class Diverged(RuntimeError):
 
 
 class Means:
-    """Loss and share of right answers, step by step, each the mean over the processes.
+    """Loss and Top-1 of an epoch so far: means over the images of all processes.
 
     Read in one go now and then: each read stalls a device.
     """
@@ -25,11 +25,11 @@ class Means:
     def __init__(self, title: str, accelerator: Accelerator) -> None:
         self.title, self.accelerator = title, accelerator
         self.pending: list[Tensor] = []
-        self.losses: list[float] = []
-        self.right: list[float] = []
+        self.steps: list[list[float]] = []  # of each: sum of the losses, number of right answers, number of images
 
-    def add(self, loss: Tensor, right: Tensor) -> None:
-        self.pending.append(torch.stack([loss, right]))
+    def add(self, loss: Tensor, right: Tensor, images: int) -> None:
+        """A step of this process: its mean loss, and the share of right answers."""
+        self.pending.append(torch.stack([loss, right, torch.ones_like(loss)]) * images)
 
     @property
     def due(self) -> bool:
@@ -37,30 +37,32 @@ class Means:
 
     def loss(self) -> float:
         self._read()
-        if not self.losses:
+        if not self.steps:
             raise ValueError(f"{self.title}: train_loader gives no batch any more: it has to give them every epoch")
-        return math.fsum(self.losses) / len(self.losses)
+        losses, _, images = map(math.fsum, zip(*self.steps, strict=True))
+        return losses / images
 
     def top1(self) -> float | None:
         """In percent; None without labels."""
         self._read()
-        mean = 100 * math.fsum(self.right) / len(self.right)
-        return mean if math.isfinite(mean) else None
+        _, right, images = map(math.fsum, zip(*self.steps, strict=True))
+        return 100 * right / images if math.isfinite(right) else None
 
     def state_dict(self) -> dict[str, Any]:
         self._read()
-        return {"losses": self.losses, "right": self.right}
+        return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses, self.right = state["losses"], state["right"]
+        self.steps = state["steps"]
 
     def _read(self) -> None:
-        new = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
-        for step, (loss, right) in enumerate(new, len(self.losses) + 1):
+        new = self.accelerator.reduce(torch.stack(self.pending)).tolist() if self.pending else []
+        for step in new:
+            loss, _, images = step
             if not math.isfinite(loss):
-                raise Diverged(f"{self.title}, step {step}: the loss is {loss}; try a lower lr")
-            self.losses.append(loss)
-            self.right.append(right)
+                number = len(self.steps) + 1
+                raise Diverged(f"{self.title}, step {number}: the loss is {loss / images}; try a lower lr")
+            self.steps.append(step)
         self.pending.clear()
 
 

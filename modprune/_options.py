@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
+from torch import nn
 
 from modprune._files import check_path
-
-if TYPE_CHECKING:
-    from torch import nn
-
-
-MODEL_NAMES = (
-    *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet18"),
-    *("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
-)
-DATA_NAMES = ("cifar10", "cifar100", "digits")
-CRITERION_NAMES = (
-    *("modularity", "modularity_drop", "modularity_pooled", "linear_probe", "dbp", "cka", "block_influence"),
-    *("ablation", "taylor", "l1_norm", "bn_scale", "consensus", "random"),
-)
+from modprune.criteria import CRITERIA
+from modprune.models import MODELS
+from modprune.specs import DATA, build_model
+from modprune.store import load_weights
 
 
-def _one_of(choices: tuple[str, ...]) -> Any:
+def _one_of(choices: Collection[str]) -> Any:
     def check(value: str) -> str:
         if value not in choices:
             raise typer.BadParameter(f"{value!r} is unknown: give one of {', '.join(choices)}")
@@ -37,9 +30,9 @@ def _one_of(choices: tuple[str, ...]) -> Any:
 
 def check_model(value: str) -> str:
     """A spec as given; raises typer.BadParameter for one that can name nothing."""
-    if value not in MODEL_NAMES and ":" not in value:
+    if value not in MODELS and ":" not in value:
         raise typer.BadParameter(
-            f"{value!r} is unknown: give one of {', '.join(MODEL_NAMES)}, torchvision:NAME, timm:NAME, "
+            f"{value!r} is unknown: give one of {', '.join(MODELS)}, torchvision:NAME, timm:NAME, "
             "transformers:NAME or path/to/file.py:function"
         )
     return value
@@ -47,10 +40,8 @@ def check_model(value: str) -> str:
 
 def check_data(value: str) -> str:
     """A spec as given; raises typer.BadParameter for one that can name nothing."""
-    if value not in DATA_NAMES and ".py:" not in value:
-        raise typer.BadParameter(
-            f"{value!r} is unknown: give one of {', '.join(DATA_NAMES)} or path/to/file.py:function"
-        )
+    if value not in DATA and ".py:" not in value:
+        raise typer.BadParameter(f"{value!r} is unknown: give one of {', '.join(DATA)} or path/to/file.py:function")
     return value
 
 
@@ -74,12 +65,12 @@ def to_write(value: Path | None) -> Path | None:
 
 
 _NETWORKS = (
-    f"{', '.join(MODEL_NAMES)}; or torchvision:NAME, timm:NAME, transformers:NAME, path/to/file.py:function "
+    f"{', '.join(MODELS)}; or torchvision:NAME, timm:NAME, transformers:NAME, path/to/file.py:function "
     "(a file of yours: it is run)."
 )
 Model = Annotated[str, typer.Option(help=f"Network: {_NETWORKS}", callback=check_model)]
 Weights = Annotated[Path, typer.Option(help="Its trained weights: a .th, .pt or .safetensors file.")]
-_DATA_SETS = f"{', '.join(DATA_NAMES)}; or path/to/file.py:function (a file of yours: it is run)."
+_DATA_SETS = f"{', '.join(DATA)}; or path/to/file.py:function (a file of yours: it is run)."
 Data = Annotated[str, typer.Option(help=f"Data set: {_DATA_SETS}", callback=check_data)]
 DataDir = Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-py or cifar-100-python.")]
 Flops = Annotated[float | None, typer.Option(help="Fraction of MACs to remove, at least.", callback=_fraction)]
@@ -97,7 +88,7 @@ Width = Annotated[
 ]
 Criterion = Annotated[
     str,
-    typer.Option(help=f"What scores the blocks: {', '.join(CRITERION_NAMES)}.", callback=_one_of(CRITERION_NAMES)),
+    typer.Option(help=f"What scores the blocks: {', '.join(CRITERIA)}.", callback=_one_of(CRITERIA)),
 ]
 Rate = Annotated[float, typer.Option(min=0.0, help="Peak learning rate.", callback=_finite)]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of calibration images, their order and augmentation.")]
@@ -110,19 +101,14 @@ Samples = Annotated[int, typer.Option(min=2, help="Images in each measurement.")
 Repeats = Annotated[int, typer.Option(min=1, help="How many times to measure, on other images each time.")]
 
 
-def load_network(name: str, weights: Path | None, device: str, data: str) -> nn.Module:
-    """The network of a spec on a device, with weights or fresh ones; a built-in one has the classes of `data`."""
-    from modprune import load_weights
-    from modprune.specs import build_model, data_shape
-
-    network = build_model(name, data_shape(data)[0]) if name in MODEL_NAMES else build_model(name)
+def load_network(name: str, weights: Path | None, device: str, num_classes: int) -> nn.Module:
+    """The network of a spec on a device, with weights or fresh ones; a built-in one has that many classes."""
+    network = build_model(name, num_classes)
     return (load_weights(network, weights) if weights is not None else network).to(pick_device(device))
 
 
 def pick_device(name: str) -> str:
     """The device of `--device`; raises typer.BadParameter where there is none of the name."""
-    import torch
-
     if name == "auto":
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:

@@ -6,11 +6,16 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
+from torch import nn
 
+from modprune import save, studies
+from modprune._files import alone
 from modprune._options import (
     Data,
     DataDir,
@@ -27,14 +32,12 @@ from modprune._options import (
     load_network,
     pick_device,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from modprune.data import ImageData, ImageLoader
-    from modprune.studies import Parts, Study
-
-ATTACK_NAMES = ("fgsm", "pgd", "cw", "jsma", "one_pixel", "local_search")
+from modprune._processes import started
+from modprune.checkpoints import check_writable
+from modprune.data import ImageData, ImageLoader, calibration
+from modprune.specs import load_data
+from modprune.studies import Parts, Study
+from modprune.studies.adversarial import ATTACKS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,8 +56,8 @@ def _each_model(values: list[str]) -> list[str]:
 
 
 def _each_attack(values: list[str]) -> list[str]:
-    if unknown := [value for value in values if value not in ATTACK_NAMES]:
-        raise typer.BadParameter(f"{unknown[0]!r} is unknown: give some of {', '.join(ATTACK_NAMES)}")
+    if unknown := [value for value in values if value not in ATTACKS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is unknown: give some of {', '.join(ATTACKS)}")
     return values
 
 
@@ -75,8 +78,6 @@ def curves(
     device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """The curves of several networks side by side: where Q rises, where it is flat, where it falls."""
-    from modprune import studies
-
     if len(model) != len(weights):
         raise typer.BadParameter(f"{len(model)} --model and {len(weights)} --weights: give one file for each network")
     if len(data) not in (1, len(model)):
@@ -97,7 +98,6 @@ def separation(
     samples: Samples = 500, seed: Seed = 0, device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """t-SNE of every layer, coloured by class, beside its Q."""
-    from modprune import studies
 
     def study(parts: Parts) -> Study:
         source = _Source(model, weights, data, data_dir, device, seed)
@@ -115,9 +115,6 @@ def training(
     samples: Samples = 500, seed: Seed = 0, device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """Train a network and follow Q of every layer over the epochs, beside its Top-1 on the test images."""
-    import torch
-
-    from modprune import save, studies
 
     def study(parts: Parts) -> Study:
         source = _Source(model, weights, data, data_dir, device, seed)
@@ -137,12 +134,11 @@ def training(
 def attacks(
     model: Model, weights: Weights, out: Out, data: Data = "cifar10", data_dir: DataDir = Path("data"),
     attack: Annotated[
-        list[str], typer.Option(help=f"Some of {', '.join(ATTACK_NAMES)}; all if not given.", callback=_each_attack)
-    ] = list(ATTACK_NAMES),  # noqa: B006
+        list[str], typer.Option(help=f"Some of {', '.join(ATTACKS)}; all if not given.", callback=_each_attack)
+    ] = list(ATTACKS),  # noqa: B006
     k: K = 3, samples: Samples = 500, device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """Q of test images under six attacks against the same images clean."""
-    from modprune import studies
 
     def study(parts: Parts) -> Study:
         source = _Source(model, weights, data, data_dir, device)
@@ -163,7 +159,6 @@ def ablation(
     device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """The curve for many k and N, and how alike these curves rank the layers."""
-    from modprune import studies
 
     def study(parts: Parts) -> Study:
         source = _Source(model, weights, data, data_dir, device, seed)
@@ -180,7 +175,6 @@ def plateaus(
     device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """Curves of ever shorter cuts of a network laid over each other."""
-    from modprune import studies
 
     def study(parts: Parts) -> Study:
         source = _Source(model, weights, data, data_dir, device, seed)
@@ -199,7 +193,6 @@ def redundancy(
     seed: Seed = 0, device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """Cuts of redundant and of needed blocks: the change of Q beside the change of Top-1 on the test images."""
-    from modprune import studies
 
     def study(parts: Parts) -> Study:
         source = _Source(model, weights, data, data_dir, device, seed)
@@ -218,7 +211,6 @@ def difference(
     seed: Seed = 0, device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """Heatmap of abs(Q_i - Q_j) between all layers, inside blocks and after them, with CKA beside it."""
-    from modprune import studies
 
     def study(parts: Parts) -> Study:
         source = _Source(model, weights, data, data_dir, device, seed)
@@ -241,11 +233,6 @@ def _titles(sources: list[_Source]) -> list[str]:
 
 
 def _run(out: Path, resume: bool, arguments: list[Any], study: Callable[[Parts], Study]) -> None:
-    from modprune._files import alone
-    from modprune._processes import started
-    from modprune.checkpoints import check_writable
-    from modprune.studies import Parts
-
     if started() > 1:
         raise ValueError(f"{started()} processes were started, and a study runs in one: start it without a launcher")
     check_writable(out)
@@ -268,9 +255,9 @@ def _known(argument: Any) -> Any:
     return hashlib.sha256(argument.read_bytes()).hexdigest()[:16] if argument.is_file() else str(argument)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Source:
-    """A network and its data, each loaded when it is asked for."""
+    """A network and its data, each loaded once, when it is asked for."""
 
     model: str
     weights: Path | None
@@ -282,31 +269,24 @@ class _Source:
     @property
     def calibration(self) -> ImageLoader:
         """Training images as they are, in random order."""
-        from modprune.data import calibration
-
-        return calibration(self._images(True), self.seed, pick_device(self.device))
+        return calibration(self._train, self.seed, pick_device(self.device))
 
     @property
     def training(self) -> ImageLoader:
         """Training images, augmented; small sets in small batches, for more steps an epoch."""
-        images = self._images(True)
-        return self._loader(True, 128 if len(images) > 10_000 else 64, pad=images.pad, shuffle=True)
+        size = 128 if len(self._train) > 10_000 else 64
+        device = pick_device(self.device)
+        return ImageLoader(self._train, size, pad=self._train.pad, shuffle=True, seed=self.seed, device=device)
 
     @property
     def test(self) -> ImageLoader:
         """Test images in order."""
-        return self._loader(False, 100)
+        return ImageLoader(load_data(self.data, self.data_dir, train=False), 100, device=pick_device(self.device))
 
     @property
     def network(self) -> nn.Module:
-        return load_network(self.model, self.weights, self.device, self.data)
+        return load_network(self.model, self.weights, self.device, self._train.num_classes)
 
-    def _images(self, train: bool) -> ImageData:
-        from modprune.specs import load_data
-
-        return load_data(self.data, self.data_dir, train)
-
-    def _loader(self, train: bool, size: int, **options: Any) -> ImageLoader:
-        from modprune.data import ImageLoader
-
-        return ImageLoader(self._images(train), size, seed=self.seed, device=pick_device(self.device), **options)
+    @cached_property
+    def _train(self) -> ImageData:
+        return load_data(self.data, self.data_dir, train=True)

@@ -9,9 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+import modprune
 from modprune import _studies_cli
+from modprune._files import to_json
+from modprune._memory import keep_freed_memory
 from modprune._options import (
     Count,
     Criterion,
@@ -35,6 +39,14 @@ from modprune._options import (
     pick_device,
     to_write,
 )
+from modprune._processes import meet, place
+from modprune.budget import Budget
+from modprune.criteria import fitted
+from modprune.data import ImageLoader, calibration
+from modprune.job import prune_job
+from modprune.picture import save_picture
+from modprune.recipe import Recipe
+from modprune.specs import build_model, data_shape, load_data
 
 INTERRUPTED = 130  # as typer ends a command after Ctrl-C
 
@@ -78,16 +90,11 @@ def blocks(
     = None, json_: Json = None,
 ) -> None:  # fmt: skip
     """List the blocks of a network that can be removed, what that would free, and why others have to stay."""
-    import torch
-
-    from modprune import count_macs, count_params, find_blocks
-    from modprune.specs import build_model, data_shape
-
     num_classes, (channels, *sides) = data_shape(data)
     network = build_model(model, num_classes)
     example = torch.zeros(1, channels, *([size, size] if size else sides))
-    found = find_blocks(network, example)
-    macs, params = count_macs(network, example), count_params(network)
+    found = modprune.find_blocks(network, example)
+    macs, params = modprune.count_macs(network, example), modprune.count_params(network)
     width = max(map(len, ("block", *found.names, *found.refused)))
     print(f"{'block':<{width}} {'kind':<11} {'parameters':>11} {'of all':>7} {'MACs':>12} {'of all':>7}")
     for b in found:
@@ -115,16 +122,11 @@ def curve(
 
     Started by torchrun or accelerate launch, the processes share the work.
     """
-    from modprune import modularity_curve
-    from modprune._processes import meet
-    from modprune.data import calibration
-    from modprune.picture import save_picture
-    from modprune.specs import load_data
-
     first = meet(pick_device(device))
-    network, train = load_network(model, weights, device, data), load_data(data, data_dir, train=True)
+    train = load_data(data, data_dir, train=True)
+    network = load_network(model, weights, device, train.num_classes)
     loader = calibration(train, seed, pick_device(device))
-    result = modularity_curve(network, loader, k, samples, repeats)
+    result = modprune.modularity_curve(network, loader, k, samples, repeats)
     if not first:
         return
     flat, falling = result.plateaus(), result.degradations()
@@ -150,20 +152,13 @@ def plan(
 
     Started by torchrun or accelerate launch, the processes share the work.
     """
-    import torch
-
-    from modprune import ModularityPruner
-    from modprune._processes import meet
-    from modprune.criteria import fitted
-    from modprune.data import calibration
-    from modprune.specs import load_data
-
     _check_budget(flops, params, count, latency)
     first = meet(pick_device(device))
-    network, train = load_network(model, weights, device, data), load_data(data, data_dir, train=True)
+    train = load_data(data, data_dir, train=True)
+    network = load_network(model, weights, device, train.num_classes)
     loader = calibration(train, seed, pick_device(device))
     example = torch.zeros(1, *train.images.shape[1:])
-    pruner = ModularityPruner(
+    pruner = modprune.ModularityPruner(
         network, example, loader, fitted(criterion, loader.samples),
         flops=flops, params=params, blocks=count, latency=latency, width=width,
     )  # fmt: skip
@@ -200,14 +195,9 @@ def prune(
     Writes run.json, plan.json, curve.json and curve.png (of modularity), metrics.csv, model.safetensors, report.json
     and report.md to --out. Started by torchrun or accelerate launch, the processes share the work.
     """
-    from modprune._processes import place
-    from modprune.job import prune_job
-    from modprune.recipe import Recipe
-    from modprune.specs import load_data
-
     _check_budget(flops, params, count, latency)
-    network = load_network(model, weights, device, data)
     train, test = load_data(data, data_dir, train=True), load_data(data, data_dir, train=False)
+    network = load_network(model, weights, device, train.num_classes)
     recipe = Recipe(epochs=epochs, lr=lr) if epochs else None
     report = prune_job(
         network, train, test, out, flops=flops, params=params, blocks=count, latency=latency, width=width,
@@ -231,14 +221,10 @@ def evaluate(
     device: Device = "auto", json_: Json = None,
 ) -> None:  # fmt: skip
     """Top-1, Top-5 and loss of a saved model on the test images."""
-    import modprune
-    from modprune.data import ImageLoader
-    from modprune.specs import load_data
-
-    unpruned = load_network(network, None, device, data) if network else None
+    test = load_data(data, data_dir, train=False)
+    unpruned = load_network(network, None, device, test.num_classes) if network else None
     pruned = modprune.load(model, unpruned).to(pick_device(device))
-    test = ImageLoader(load_data(data, data_dir, train=False), 100, device=pick_device(device))
-    result = modprune.evaluate(pruned, test)
+    result = modprune.evaluate(pruned, ImageLoader(test, 100, device=pick_device(device)))
     print(f"Top-1 {result.top1:.2f} %  Top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.samples} images")
     _write(json_, asdict(result))
 
@@ -247,8 +233,6 @@ def main() -> None:
     """The `modprune` command: 2 for wrong usage, 1 for every other error, one line each; 130 after Ctrl-C, 143 after
     SIGTERM.
     """
-    from modprune._memory import keep_freed_memory
-
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -275,8 +259,6 @@ def _terminated(*_: object) -> None:
 
 
 def _check_budget(flops: float | None, params: float | None, count: int | None, latency: float | None) -> None:
-    from modprune.budget import Budget
-
     if flops is params is count is latency is None:
         raise typer.BadParameter("say how much to remove: --flops, --latency, --params or --blocks")
     try:
@@ -286,11 +268,5 @@ def _check_budget(flops: float | None, params: float | None, count: int | None, 
 
 
 def _write(path: Path | None, data: Any) -> None:
-    from modprune._files import to_json
-
     if path is not None:
         to_json(data, path)
-
-
-if __name__ == "__main__":
-    main()

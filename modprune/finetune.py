@@ -34,7 +34,7 @@ from modprune.signals import Notice, put_off
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch measured: mean loss, rate at its end, images per second, and Top-1 in percent.
+    """What one epoch measured: mean loss over its images, rate at its end, images per second, and Top-1 in percent.
 
     `top1` is that of the validation images, if there are any; `train_top1` that of the training images as they came,
     augmented, if they have labels.
@@ -241,7 +241,7 @@ class _Run:
             if first and step == first + 1:
                 started = time.perf_counter()  # those drawn again are not counted
             loss, right, images = self.step(to_device(batch, self.device), teach)
-            means.add(loss, right)
+            means.add(loss, right, images)
             seen += images * self.accelerator.num_processes
             due = means.due
             if due:

@@ -41,6 +41,8 @@ class Recipe:
             raise ValueError(f"momentum={self.momentum}: a number from 0 up to, not including, 1 is needed")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature={self.temperature}: a finite number above 0 is needed")
+        for name, value in vars(self).items():  # numpy's numbers are none that a state can be read back with
+            object.__setattr__(self, name, int(value) if name == "epochs" else float(value))
 
 
 def warmup_cosine(step: int, warmup: float, total: int) -> float:

@@ -19,9 +19,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from modprune import PruningPlan, count_params, load, studies
-from modprune._options import CRITERION_NAMES
 from modprune.cli import app, main
-from modprune.criteria import CRITERIA
 from modprune.models import resnet20
 
 
@@ -96,10 +94,6 @@ def test_blocks_curve_and_plan_write_json(weights, tmp_path):
     assert (len(plan.remove), plan.criterion) == (2, "l1_norm")
 
 
-def test_criteria_are_those_of_the_library():
-    assert tuple(CRITERIA) == CRITERION_NAMES
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -118,7 +112,11 @@ def test_criteria_are_those_of_the_library():
             "flops=0.5 and latency=0.5: give one of the two",
         ),
         (["plan", "--model", "resnet20", "--weights", "w", "--criterion", "q"], 2, "'q' is unknown: give one of modul"),
-        (["plan", "--model", "resnet20", "--weights", "w", "--flops", "0.5"], 1, "modprune: w: no such file"),
+        (
+            ["plan", "--model", "resnet20", "--weights", "w", "--data", "digits", "--flops", "0.5"],
+            1,
+            "modprune: w: no such file",
+        ),
         (
             ["evaluate", "--model", "none.safetensors", "--data", "digits"],
             1,
@@ -328,6 +326,18 @@ def test_curves_of_several_data_sets(weights, tmp_path):
     done = in_process(*shared, *["--data", "digits"] * 3, "--out", tmp_path)
     assert done.exit_code == 2
     assert "2 --model and 3 --data: give one for all, or one for each" in done.output
+
+
+def test_images_are_loaded_once(weights, tmp_path):
+    (tmp_path / "told.py").write_text(
+        f"from modprune.data import digits\ndef told(train):\n    with open({str(tmp_path / 'calls')!r}, 'a') as f:\n"
+        "        print(train, file=f)\n    return digits(train)"
+    )
+    shared = ["--model", "resnet20", "--weights", weights, "--data", f"{tmp_path}/told.py:told"]
+    few = ["--samples", 60, "--repeats", 1, "--cuts", 1, "--out", tmp_path / "out"]
+    for command in (["plan", *shared, "--blocks", 1, "--criterion", "random"], ["study", "redundancy", *shared, *few]):
+        assert in_process(*command).exit_code == 0
+    assert sorted((tmp_path / "calls").read_text().split()) == ["False", "True", "True"]
 
 
 def test_attacks_need_images_that_the_network_gets_right(weights, tmp_path):

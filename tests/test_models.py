@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from modprune import count_macs, count_params, find_blocks, modularity_curve
-from modprune._options import MODEL_NAMES
 from modprune.criteria import BlockInfluence
 from modprune.models import MODELS, resnet18, vgg11_bn
 from modprune.studies.layers import layers_of
@@ -30,10 +29,6 @@ def test_sizes_are_the_published_ones(name):
     params, macs = SIZES[name]
     assert count_params(MODELS[name]()) == params
     assert count_macs(MODELS[name](), IMAGE) / 1e6 == pytest.approx(macs, rel=0.005)
-
-
-def test_names_on_the_command_line_are_those_of_the_library():
-    assert tuple(MODELS) == MODEL_NAMES
 
 
 def test_a_quarter_of_the_width_is_a_sixteenth_of_the_macs():

@@ -7,10 +7,9 @@ import sys
 import pytest
 from torch import nn
 
-from modprune._options import DATA_NAMES
 from modprune.data import digits
 from modprune.models import CifarResNet
-from modprune.specs import DATA, build_model, data_shape, load_data
+from modprune.specs import build_model, data_shape, load_data
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,6 @@ def test_what_names_nothing_is_one_line(tmp_path, spec, error, message):
 
 DATA_FILE = """
 from dataclasses import replace
-from modprune._options import DATA_NAMES
 from modprune.data import digits
 
 def three(train):
@@ -97,7 +95,6 @@ def test_shapes_that_need_no_files_are_those_of_the_data(cifar10_dir):
     data = load_data("cifar10", cifar10_dir, train=False)
     assert data_shape("cifar10") == (data.num_classes, data.images.shape[1:])
     assert data_shape("cifar100") == (100, (3, 32, 32))
-    assert tuple(DATA) == DATA_NAMES
 
 
 @pytest.mark.parametrize(

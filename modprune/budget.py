@@ -24,6 +24,12 @@ class Candidate:
     nanoseconds: int = 0
 
 
+def check_fraction(name: str, value: object) -> None:
+    """Raises ValueError unless the argument of that name is None or a fraction between 0 and 1."""
+    if value is not None and not (isinstance(value, Real) and 0 < float(value) < 1):
+        raise ValueError(f"{name}={value!r}: a fraction between 0 and 1 is needed, such as 0.6 for 60 %")
+
+
 @dataclass(frozen=True)
 class Budget:
     """What must go, at least: fractions between 0 and 1 of the whole model's MACs (`flops`) or of its time (`latency`),
@@ -41,9 +47,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("flops", "params", "latency"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, Real) and 0 < float(value) < 1):
-                raise ValueError(f"{name}={value!r}: a fraction between 0 and 1 is needed, such as 0.6 for 60 %")
+            check_fraction(name, getattr(self, name))
         if self.blocks is not None and not (isinstance(self.blocks, Integral) and self.blocks >= 1):
             raise ValueError(f"blocks={self.blocks!r}: a whole number of at least 1 is needed")
         if self.flops is None and self.params is None and self.blocks is None and self.latency is None:
@@ -161,12 +165,12 @@ def _check_reachable(
     candidates: Sequence[Candidate], budget: Budget, need: tuple[int, int], total_macs: int, total_params: int
 ) -> None:
     if budget.blocks is not None and budget.blocks > len(candidates):
-        raise ValueError(f"blocks={budget.blocks}: only {len(candidates)} blocks can go")
+        raise ValueError(f"blocks={budget.blocks}: only {len(candidates)} blocks can go: ask for fewer")
     macs, params = sum(c.macs for c in candidates), sum(c.params for c in candidates)
     if macs < need[0] or params < need[1]:
         raise ValueError(
-            f"{_wanted(budget)} cannot be met: all {len(candidates)} blocks that can go free "
-            f"{_most(budget, macs / max(total_macs, 1), params / max(total_params, 1))}"
+            f"{_wanted(budget)} cannot be met: removing all {len(candidates)} removable blocks frees only "
+            f"{_most(budget, macs / max(total_macs, 1), params / max(total_params, 1))}: ask for less"
         )
 
 
@@ -175,7 +179,7 @@ def _too_few(candidates: Sequence[Candidate], budget: Budget, total_macs: int, t
     macs = sum(sorted(c.macs for c in candidates)[-count:])
     params = sum(sorted(c.params for c in candidates)[-count:])
     return (
-        f"no {budget.blocks} blocks free {_wanted(budget)}: so many free at most "
+        f"no {budget.blocks} blocks together meet {_wanted(budget)}: so many free at most "
         f"{_most(budget, macs / max(total_macs, 1), params / max(total_params, 1))}; "
         "ask for more blocks or smaller fractions"
     )

@@ -170,7 +170,8 @@ def plan(
         print(f"{name:<{longest}} {score:+.4f}  {'remove' if name in chosen.remove else ''}".rstrip())
     freed = chosen.freed
     channels = f", channels: {sum(len(c) for _, c in chosen.width)}" if chosen.width else ""
-    units = {"flops": "MACs", "params": "parameters", "latency": "time"}
+    time = "time, by blocks alone" if chosen.width else "time"
+    units = {"flops": "MACs", "params": "parameters", "latency": time}
     share = ", ".join(f"{value:.2%} of the {units[name]}" for name, value in freed.items())
     print(f"Blocks to remove: {len(chosen.remove)}{channels} ({share})")
     if json_ is not None:

@@ -332,7 +332,7 @@ def resolve(criterion: str | Criterion) -> Criterion:
         raise ValueError(f"criterion {criterion.__name__} is a class: give an instance, {criterion.__name__}()")
     if callable(criterion):
         return criterion
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ValueError(f"criterion {criterion!r} is unknown: give one of {', '.join(CRITERIA)}, or a callable")
     return CRITERIA[criterion]()
 

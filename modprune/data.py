@@ -152,6 +152,8 @@ class ImageLoader:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
+        if seed < 0:  # some are hashed alike
+            raise ValueError(f"seed={seed}: at least 0 is needed")
         self.data, self.batch_size, self.pad, self.shuffle = data, batch_size, pad, shuffle
         self.seed, self.epoch = seed, 0
         self.device = torch.device(device)

@@ -125,8 +125,11 @@ class GradualPruning:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         check_bare(model)
-        if not callable(at) and (not at or min(at) < 1 or list(at) != sorted(set(at))):
-            raise ValueError(f"at={at}: counts from 1 on that rise are needed, as in (10, 20)")
+        if not callable(at):
+            counts = tuple(at) if isinstance(at, Iterable) else ()
+            if not counts or min(counts) < 1 or list(counts) != sorted(set(counts)):
+                raise ValueError(f"at={at}: counts from 1 on that rise are needed, as in (10, 20)")
+            at = counts
         self.model, self.loader, self.at = model, loader, at
         self.shares = tuple(shares) or (cubic(1) if callable(at) else cubic(len(at)))
         if list(self.shares) != sorted(self.shares) or self.shares[-1] != 1:

@@ -79,7 +79,7 @@ def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
             f"features of shape {tuple(features.shape)} and type {features.dtype}: "
             "floating point with a row of at least one value for each sample is needed"
         )
-    check_k(k, len(features))
+    k = check_k(k, len(features))
     rows = features.detach().flatten(1)
     rows = rows if rows.dtype == torch.float64 else rows.float()
     norms = _norms(rows)
@@ -105,7 +105,7 @@ def feature_graph_from_gram(gram: Tensor, k: int = 3) -> FeatureGraph:
     Raises:
         ValueError: if a diagonal entry is NaN or infinite, or `k` is not in 1..N-1.
     """
-    check_k(k, len(gram))
+    k = check_k(k, len(gram))
     norms = gram.diagonal().clone().sqrt()
     check_finite(norms)
     return _nearest(gram, _inverse(norms), k)
@@ -127,10 +127,11 @@ def graph_modularity(graph: FeatureGraph, labels: Tensor) -> float:
     return float(inside - share.square().sum())
 
 
-def check_k(k: int, samples: int) -> None:
-    """Raises ValueError unless 1 <= k < samples."""
+def check_k(k: int, samples: int) -> int:
+    """`k`, as Python's own integer; raises ValueError unless 1 <= k < samples."""
     if not 1 <= k < samples or k != int(k):
         raise ValueError(f"k={k} with {samples} samples: k is an integer, at least 1 and below the number of samples")
+    return int(k)
 
 
 def check_labels(labels: Tensor, samples: int) -> None:

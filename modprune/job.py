@@ -233,4 +233,6 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 def _story(plan: PruningPlan) -> str:
     names = ", ".join(f"`{name}`" for name in plan.remove)
-    return f"Removed by {plan.criterion}, {len(plan.remove)} in all: {names}.\n"
+    story = f"Blocks removed by {plan.criterion}, {len(plan.remove)} in all: {names}.\n"
+    cut = sum(len(channels) for _, channels in plan.width)
+    return f"{story}\nChannels cut by torch-pruning: {cut} of {len(plan.width)} layers.\n" if cut else story

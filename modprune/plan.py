@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from modprune._files import to_json
 
 if TYPE_CHECKING:
@@ -60,15 +62,15 @@ class PruningPlan:
             raise ValueError("a plan's 'criterion' is a string")
         for name in ("scores", "freed"):
             value = getattr(self, name)
-            if not isinstance(value, Mapping) or not all(
-                isinstance(k, str) and _is_number(v) for k, v in value.items()
-            ):
+            if isinstance(value, Mapping):
+                value = {key: _own(number) for key, number in value.items()}  # a copy: theirs may change
+            if not isinstance(value, dict) or not all(isinstance(k, str) and _is_number(v) for k, v in value.items()):
                 raise ValueError(f"a plan's '{name}' maps names to finite numbers")
-            object.__setattr__(self, name, dict(value))  # a copy: what the caller does to theirs is not ours
+            object.__setattr__(self, name, value)
 
     def _check_outputs(self) -> None:
         try:
-            outputs: Any = tuple(tuple(positions) for positions in self.outputs)
+            outputs: Any = tuple(tuple(map(_own, positions)) for positions in self.outputs)
         except TypeError:
             outputs = (("",),)
         if not all(type(i) is int and -1 <= i < 100 and len(form) < 100 for form in outputs for i in form):
@@ -81,7 +83,7 @@ class PruningPlan:
 
     def _check_width(self) -> None:
         try:
-            width = tuple((name, tuple(channels)) for name, channels in self.width)
+            width = tuple((name, tuple(map(_own, channels))) for name, channels in self.width)
         except (TypeError, ValueError):
             width = (("", ()),)
         if not all(
@@ -121,6 +123,11 @@ class PruningPlan:
         from modprune.surgery import apply_plan  # the one step back along the way of the data
 
         return apply_plan(model, self, example_inputs)
+
+
+def _own(value: Any) -> Any:
+    """A number of numpy as Python's own, which JSON takes."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_number(value: Any) -> bool:

@@ -17,7 +17,7 @@ from modprune._autograd import first_line
 from modprune._processes import check_alike, everyones, from_first, place
 from modprune._random import undisturbed
 from modprune.blocks import Block, Blocks, find_blocks
-from modprune.budget import Budget, Candidate, choose
+from modprune.budget import Budget, Candidate, check_fraction, choose
 from modprune.cost import count_macs, count_params, latency_by_module, macs_by_module
 from modprune.criteria import BlockScores, Criterion, name_of, resolve, scores_by
 from modprune.plan import PruningPlan
@@ -80,8 +80,7 @@ class ModularityPruner:
     ) -> None:
         if iterative_steps < 1 or iterative_steps != int(iterative_steps):
             raise ValueError(f"iterative_steps={iterative_steps}: a whole number, at least 1, is needed")
-        if width is not None and not 0 < width < 1:
-            raise ValueError(f"width={width}: a fraction of the channels between 0 and 1 is needed")
+        check_fraction("width", width)
         self.wrapper = model if isinstance(model, (DataParallel, DistributedDataParallel)) else None
         self.model = model = model if self.wrapper is None else self.wrapper.module
         self.example_inputs, self.loader = example_inputs, loader
@@ -90,6 +89,7 @@ class ModularityPruner:
         self.scores: BlockScores | None = None
         self._plan: PruningPlan | None = None
 
+    @torch.inference_mode(False)  # of such tensors, none could be trained
     def plan(self) -> PruningPlan:
         """Measure and choose; the model stays whole. Measured once: the same plan comes again."""
         if self._plan is None:
@@ -102,6 +102,7 @@ class ModularityPruner:
             self._plan = plan
         return self._plan
 
+    @torch.inference_mode(False)
     def step(self) -> nn.Module:
         """Remove the planned blocks from the model in place, prove that it runs, and return it, bare.
 

@@ -75,7 +75,7 @@ class Report:
     def notes(self) -> list[str]:
         """What a reader has to know beside the table."""
         notes = [f"Times: median forward pass on {self.device}; CPU threads: {self.threads}."]
-        primary = self.original.macs["modprune"]
+        primary = max(self.original.macs["modprune"], 1)
         for name, types in self.original.mac_differences.items():
             largest = sorted(types, key=lambda t: -abs(types[t]))[:3]
             parts = ", ".join(f"{t} {types[t] / 1e6:+,.3f} M" for t in largest)

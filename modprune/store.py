@@ -59,6 +59,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     write_bytes(path, safetensors.torch.save(tensors, metadata={"modprune": json.dumps(header)}))
 
 
+@torch.inference_mode(False)  # of such tensors, none could be trained
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """A saved model.
 

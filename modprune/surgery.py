@@ -30,6 +30,7 @@ from modprune.plan import PruningPlan
 from modprune.width import narrow
 
 
+@torch.inference_mode(False)  # of such tensors, none could be trained
 def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) -> nn.Module:
     """Remove the blocks of a plan in place, cut its channels from what stays, and return the model.
 
@@ -62,6 +63,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) 
     return model
 
 
+@torch.inference_mode(False)
 def remove_blocks(
     model: nn.Module,
     names: Sequence[str],

@@ -26,7 +26,7 @@ def test_choice_equals_brute_force(rows, flops, params, blocks):
     budget = Budget(flops, params, blocks)
     expected = best_set(candidates, budget, macs, count)
     if expected is None:
-        with pytest.raises(ValueError, match=r"cannot be met|only \d+ blocks|no \d+ blocks free"):
+        with pytest.raises(ValueError, match=r"cannot be met|only \d+ blocks|no \d+ blocks together"):
             choose(candidates, budget, macs, count)
     else:
         assert choose(candidates, budget, macs, count) == expected
@@ -75,7 +75,7 @@ def test_many_blocks_take_no_time():
 
 
 def test_the_error_says_the_most_that_can_be_had():
-    with pytest.raises(ValueError, match=r"flops=0.9 cannot be met: all 2 blocks that can go free 40.0% of the MACs"):
+    with pytest.raises(ValueError, match=r"flops=0.9 cannot be met: .* 2 removable blocks frees only 40.0% of the M"):
         choose([Candidate("a", 0, 20, 1), Candidate("b", 0, 20, 1)], Budget(flops=0.9), 100, 10)
 
 

@@ -131,6 +131,11 @@ def test_digits_are_split_once():
     assert scaled.std().item() == pytest.approx(train.std[0], abs=0.01)
 
 
+def test_seeds_below_zero_are_refused():
+    with pytest.raises(ValueError, match="seed=-1: at least 0 is needed"):  # -1 and -2 would give the same order
+        ImageLoader(images(), seed=-1)
+
+
 def test_calibration_of_few_images_has_a_batch_for_each_process(monkeypatch):
     for processes in (1, 2, 3):
         monkeypatch.setattr("modprune.data.place", lambda processes=processes: (0, processes))

@@ -107,7 +107,10 @@ def test_a_failed_stage_comes_again():
 
 def test_it_goes_on_in_another_process():
     torch.manual_seed(0)
-    model, options = resnet20(), {"criterion": "l1_norm", "at": (1, 2), "flops": 0.5, "shares": (np.float32(0.5), 1)}
+    model, options = (
+        resnet20(),
+        {"criterion": "l1_norm", "at": np.array([1, 2]), "flops": 0.5, "shares": (np.float32(0.5), 1)},
+    )
     prune = GradualPruning(model, loader(), **options)
     other = copy.deepcopy(model)
     prune(1)
@@ -212,6 +215,8 @@ def test_settled_has_its_tolerance():
         ({"at": (1, 2), "shares": (0.5, 0.9), "blocks": 2}, r"shares=\(0.5, 0.9\): they rise to 1"),
         ({"at": (), "blocks": 2}, r"at=\(\): counts from 1 on that rise"),
         ({"at": (3, 1), "blocks": 2}, r"at=\(3, 1\): counts from 1 on that rise"),
+        ({"at": 5, "blocks": 2}, "at=5: counts from 1 on that rise"),
+        ({"at": np.array([3, 1]), "blocks": 2}, r"at=\[3 1\]: counts from 1 on that rise"),
         ({"at": (1,)}, "flops"),
         ({"at": (1,), "flops": 0.99}, "flops=0.99"),
         ({"at": (1,), "blocks": 2, "criterion": "nope"}, "nope"),

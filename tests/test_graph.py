@@ -119,6 +119,7 @@ def test_row_blocks_gram_layouts_and_types_agree(monkeypatch):
     assert modularity(rows.T.contiguous().T, labels) == pytest.approx(q, abs=1e-6)
     assert modularity(features.double(), labels) == pytest.approx(q, abs=1e-6)
     assert modularity(features.half(), labels) == pytest.approx(modularity(features.half().float(), labels), abs=1e-6)
+    assert modularity(features, labels, 3.0) == modularity(features, labels, np.int64(3)) == q
     monkeypatch.setattr(modprune.graph, "BLOCK", 300 * 7)
     assert modularity(features, labels) == pytest.approx(q, abs=1e-6)
     monkeypatch.setattr(modprune.graph, "LONG", 1)

@@ -27,12 +27,21 @@ def test_the_original_stays_and_test_images_choose_nothing(tmp_path):
     found = snapshot(model)
     for name, part in (("a", torch.arange(100)), ("b", torch.arange(100, 360))):
         report = prune_job(
-            model, train, test.subset(part), tmp_path / name, blocks=2, recipe=Recipe(epochs=1, lr=0.05), pad=1
+            model,
+            train,
+            test.subset(part),
+            tmp_path / name,
+            blocks=2,
+            width=0.3,
+            recipe=Recipe(epochs=1, lr=0.05),
+            pad=1,
         )
         assert report.original.accuracy.samples == len(part)
         assert snapshot(model) == found
     for file in ("plan.json", "curve.json", "model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    cut = sum(len(channels) for _, channels in PruningPlan.from_json(tmp_path / "a" / "plan.json").width)
+    assert f"Channels cut by torch-pruning: {cut} of " in (tmp_path / "a" / "report.md").read_text()
 
 
 def test_a_run_into_the_folder_of_another_never_ends_with_its_results(tmp_path, monkeypatch):

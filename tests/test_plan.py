@@ -6,6 +6,7 @@ import json
 import os
 import stat
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,6 +53,10 @@ def test_a_plan_is_a_value():
     scores = {"layer1.0": 0.5}
     plan = PruningPlan(("layer1.0",), scores=scores)
     scores["layer1.0"] = 9.0
+    numpys = PruningPlan(
+        ("a",), outputs=((np.int64(-1),),), width=(("b", np.arange(2)),), scores={"a": np.float32(0.5)}
+    )
+    assert PruningPlan.from_json(numpys.to_json()) == numpys
     assert plan.scores == {"layer1.0": 0.5}
     assert {plan} == {PruningPlan(("layer1.0",), scores={"layer1.0": 0.5})}
     with pytest.raises(ValueError, match="maps names to finite numbers"):

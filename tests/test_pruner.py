@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from modprune import pruner
+from modprune import load, pruner, save
 from modprune.blocks import find_blocks
 from modprune.budget import Budget, Candidate
 from modprune.cost import count_macs, count_params
@@ -191,6 +191,8 @@ def test_iterations_meet_the_same_budget_and_measure_anew():
         ({}, "no budget"),
         ({"flops": 1.0}, "flops=1.0: a fraction"),
         ({"blocks": 1, "criterion": "magic"}, "criterion 'magic' is unknown: give one of modularity"),
+        ({"blocks": 1, "criterion": ["dbp"]}, r"criterion \['dbp'\] is unknown: give one of modularity"),
+        ({"blocks": 1, "width": "0.3"}, "width='0.3': a fraction"),
         ({"blocks": 1, "iterative_steps": 0}, "iterative_steps=0: a whole number"),
         ({"blocks": 1, "iterative_steps": 1.5}, "iterative_steps=1.5: a whole number"),
     ],
@@ -200,8 +202,20 @@ def test_arguments_are_checked_at_once(arguments, message):
         ModularityPruner(network(), X, loader(), **arguments)
 
 
+def test_inference_mode_leaves_nothing_behind(tmp_path):
+    whole, fresh = network(), network()
+    with torch.inference_mode():
+        pruner = ModularityPruner(whole, X, loader(), "l1_norm", blocks=3, width=0.2, iterative_steps=2)
+        model = pruner.step()
+        save(model, tmp_path / "a.safetensors")
+        loaded = load(tmp_path / "a.safetensors", fresh)
+        assert torch.is_inference_mode_enabled()
+    for trained in (model.train(), loaded.train()):
+        trained(X.repeat(2, 1, 1, 1)).sum().backward()
+
+
 def test_what_cannot_be_had_says_the_most():
-    with pytest.raises(ValueError, match=r"flops=0.999 cannot be met: all 15 blocks that can go free 9\d"):
+    with pytest.raises(ValueError, match=r"flops=0.999 cannot be met: removing all 15 removable blocks frees only 9\d"):
         ModularityPruner(network(), X, loader(), by_name({}), flops=0.999).plan()
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     with pytest.raises(ValueError, match="Sequential has no block that can be removed"):

@@ -54,6 +54,11 @@ def test_a_counter_that_finds_nothing_is_left_out_and_named():
     assert json.loads(report.to_json())["flops_removed"] == report.flops_removed
 
 
+def test_a_network_without_counted_macs_is_compared_all_the_same():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten())  # fvcore counts norms
+    assert "MACs (fvcore)" in str(compare(model, model, torch.zeros(2, 3, 8, 8)))
+
+
 def test_accuracy_and_time_are_of_the_right_network():
     small, large, test = resnet20(), resnet56(), ImageLoader(digits(False), 120)
     found = [snapshot(model) for model in (small, large)]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,6 +25,7 @@ from modprune.studies.adversarial import ATTACKS
 from modprune.studies.layers import layers_of
 from modprune.studies.recovery import recover
 from modprune.studies.separation import _embedded, _silhouette
+from modprune.studies.study import rank_correlation
 from tests.oracles import networkx_q
 
 SMALL = {"samples": 100, "repeats": 2}
@@ -243,6 +245,11 @@ def test_an_attack_that_changes_nothing_says_so(network, monkeypatch):
         network, held_out(), mean=held_out().data.mean, std=held_out().data.std, names=("fgsm",), samples=50
     )
     assert "changes the answer to no image" in study.text
+
+
+def test_ranks_of_equal_numbers_are_equal():
+    rows = [[0, 0, 0, 1], [3, 2, 1, 4], [1, 2, 2, 3]]
+    assert np.allclose(rank_correlation(rows), scipy.stats.spearmanr(rows, axis=1).statistic)
 
 
 def test_parts_are_kept_and_guarded(tmp_path):

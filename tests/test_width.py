@@ -176,9 +176,9 @@ def test_cutting_what_the_output_carries_is_refused():
     assert count_params(model) == count_params(resnet20())
 
 
-@pytest.mark.parametrize("width", [0, 1, -0.1, 1.5])
+@pytest.mark.parametrize("width", [0, 1, -0.1, 1.5, float("nan")])
 def test_fractions_out_of_range(loader, width):
-    with pytest.raises(ValueError, match=f"width={width}: a fraction of the channels"):
+    with pytest.raises(ValueError, match=f"width={width}: a fraction between 0 and 1"):
         ModularityPruner(resnet20(), X, loader, blocks=1, width=width)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
             calls[name] = Call(name, module, args, kwargs, seen, start, times=times[name])
 
     @_unseen
-    def after(name: str, out: Any) -> None:
+    def after(name: str, module: nn.Module, args: Any, out: Any) -> None:
         y = first_tensor(out)
         if name in calls and y is not None and calls[name].end is None:
             seen = calls[name]
@@ -185,10 +185,8 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
                 if name and looked_at and any(True for _ in module.parameters()):
                     if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                         continue
-                    pre = lambda m, args, kwargs, name=name: before(name, m, args, kwargs)  # noqa: E731
-                    hooks.enter_context(module.register_forward_pre_hook(pre, with_kwargs=True))
-                    post = lambda m, args, out, name=name: after(name, out)  # noqa: E731
-                    hooks.enter_context(module.register_forward_hook(post))
+                    hooks.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+                    hooks.enter_context(module.register_forward_hook(partial(after, name)))
             return calls, call(model, map_values(_differentiable, inputs))
     except Exception as error:
         raise RuntimeError(f"{type(model).__name__} does not run on the example inputs: {first_line(error)}") from error

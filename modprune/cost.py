@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -240,16 +241,17 @@ def latency_by_module(
     running: dict[str, float] = {}
     taken: dict[str, list[float]] = {name: [] for name in ("", *names)}
 
-    def clock() -> float:
-        return _clock(device_of(model))
+    def start(name: str, *_: object) -> None:
+        running[name] = _clock(device_of(model))
+
+    def stop(name: str, *_: object) -> None:
+        taken[name].append(_clock(device_of(model)) - running[name])
 
     with ExitStack() as hooks, torch.no_grad(), evaluating(model):
         for name in taken:
             module = model.get_submodule(name)
-            start = lambda *_, name=name: running.__setitem__(name, clock())  # noqa: E731
-            stop = lambda *_, name=name: taken[name].append(clock() - running[name])  # noqa: E731
-            hooks.enter_context(module.register_forward_pre_hook(start))
-            hooks.enter_context(module.register_forward_hook(stop))
+            hooks.enter_context(module.register_forward_pre_hook(partial(start, name)))
+            hooks.enter_context(module.register_forward_hook(partial(stop, name)))
         started = time.perf_counter()
         while time.perf_counter() - started < seconds or len(taken[""]) < 4:
             call(model, inputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -323,12 +324,12 @@ def pairs(
     given: dict[str, Tensor] = {}
     row: dict[str, float] = {}
 
-    def before(layer: str, args: Any, kwargs: Any) -> None:
+    def before(layer: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = first_tensor((args, kwargs))
         if x is not None:
             given[layer] = x.clone()  # the layer may write into it
 
-    def after(layer: str, out: Any) -> None:
+    def after(layer: str, module: nn.Module, args: Any, out: Any) -> None:
         y = first_tensor(out)
         if layer in given and y is not None:
             row[layer] = measure(given.pop(layer), y)
@@ -336,10 +337,9 @@ def pairs(
     seen = 0
     with ExitStack() as hooks, evaluating(model), undisturbed(loader), torch.no_grad():
         for layer, last in spans.items():
-            pre = lambda _, args, kwargs, layer=layer: before(layer, args, kwargs)  # noqa: E731
-            post = lambda _, __, out, layer=layer: after(layer, out)  # noqa: E731
-            hooks.enter_context(model.get_submodule(layer).register_forward_pre_hook(pre, with_kwargs=True))
-            hooks.enter_context(model.get_submodule(last).register_forward_hook(post))
+            begin, end = model.get_submodule(layer), model.get_submodule(last)
+            hooks.enter_context(begin.register_forward_pre_hook(partial(before, layer), with_kwargs=True))
+            hooks.enter_context(end.register_forward_hook(partial(after, layer)))
         for batch in loader:
             inputs = split_batch(batch)[0]
             if batch_size(inputs) == 0:

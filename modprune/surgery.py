@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -200,20 +201,18 @@ def _changing(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
     given: dict[str, Tensor] = {}
     changed: set[str] = set()
 
-    def before(name: str, *arguments: Any) -> None:
-        if (x := first_tensor(arguments)) is not None:
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if (x := first_tensor((args, kwargs))) is not None:
             given[name] = x.clone()  # the module may write into it
 
-    def after(name: str, out: Any) -> None:
+    def after(name: str, module: nn.Module, args: Any, out: Any) -> None:
         if name in given and (y := first_tensor(out)) is not None and not torch.equal(given[name], y):
             changed.add(name)
 
     with ExitStack() as hooks:
         for name, module in modules.items():
-            keep = lambda _, args, kwargs, name=name: before(name, args, kwargs)  # noqa: E731
-            hooks.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
-            look = lambda _, __, out, name=name: after(name, out)  # noqa: E731
-            hooks.enter_context(module.register_forward_hook(look))
+            hooks.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(partial(after, name)))
         yield changed
 
 
@@ -236,8 +235,7 @@ def _problem(
 
     with ExitStack() as hooks:
         for name, module in new.items():
-            look_at = lambda *seen, name=name: look(name, *seen)  # noqa: E731
-            hooks.enter_context(module.register_forward_hook(look_at, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(partial(look, name), with_kwargs=True))
         try:
             outputs = _outputs(model, example_inputs)
         except Exception as error:
@@ -259,7 +257,10 @@ def _problem(
 
 def _is_harmless(model: nn.Module, passing: Sequence[nn.Module], example_inputs: Any, outputs: list[Tensor]) -> bool:
     """Whether the outputs are those with copies passed on, and gradients can be had."""
-    copied = lambda _, __, out: torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, out)  # noqa: E731
+
+    def copied(module: nn.Module, args: Any, out: Any) -> Any:
+        return torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, out)
+
     with ExitStack() as hooks:
         for module in passing:
             hooks.enter_context(module.register_forward_hook(copied))

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import modprune
-from modprune import data, job, models, recipe, specs, studies
+from modprune import checkpoints, data, job, models, recipe, signals, specs, studies
 from modprune._files import write_text
 from modprune.callbacks import lightning, transformers
 from modprune.criteria import CRITERIA
+from modprune.finetune import Epoch, autocast_dtype
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 
@@ -26,7 +27,10 @@ def page() -> str:
     rooms = {
         "data": (data.ImageData, data.ImageLoader, data.cifar10, data.cifar100, data.digits),
         "models": (models.CifarResNet, models.CifarResNet18, models.CifarVGG, *models.MODELS.values()),
-        "recipe": (recipe.Recipe,),
+        "recipe": (recipe.Recipe, recipe.warmup_cosine),
+        "finetune": (Epoch, autocast_dtype),
+        "checkpoints": (checkpoints.save_state, checkpoints.load_newest, checkpoints.check_empty),
+        "signals": (signals.put_off, signals.Notice),
         "specs": (specs.build_model, specs.load_data),
         "job": (job.prune_job,),
         "callbacks.lightning": (lightning.PruningCallback,),

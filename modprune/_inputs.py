@@ -133,6 +133,15 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     )
 
 
+def check_range(labels: Tensor, classes: int) -> None:
+    """Raises ValueError unless labels lie in 0..classes - 1."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"labels from {labels.min()} to {labels.max()} with {classes} classes: labels lie in 0..{classes - 1}; "
+            "check the data and the number of classes"
+        )
+
+
 def _as_labels(value: Any) -> Tensor | None:
     try:
         return None if value is None else torch.as_tensor(value)

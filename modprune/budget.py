@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Integral, Real
@@ -54,6 +54,19 @@ class Budget:
             raise ValueError("no budget: give flops=, latency=, params= or blocks=, how much must go")
         if self.flops is not None and self.latency is not None:
             raise ValueError(f"flops={self.flops} and latency={self.latency}: give one of the two")
+
+    def left(self, share: float, freed: Mapping[str, float], gone: int) -> dict[str, float]:
+        """What of `share` of the budget is still to be met after `gone` blocks that freed these fractions.
+
+        Empty if nothing is, or if no block may go at this stage, whatever fractions are still to be met.
+        """
+        asked = {name: getattr(self, name) for name in ("flops", "params", "latency")}
+        missing = {name: value * share - freed[name] for name, value in asked.items() if value is not None}
+        left = {name: fraction for name, fraction in missing.items() if fraction > 1e-9}
+        if self.blocks is None:
+            return left
+        blocks = round(self.blocks * share) - gone
+        return {**left, "blocks": blocks} if blocks > 0 else {}
 
 
 # A choice among the groups looked at so far: summed score, MACs and parameters freed, and minus the sum of 2**position,

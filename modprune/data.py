@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from modprune._inputs import check_range
 from modprune._processes import place
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -46,11 +47,7 @@ class ImageData:
             raise ValueError(f"images: a uint8 tensor (N, C, H, W) is needed, given {_described(images)}")
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise ValueError(f"labels: {len(images)} int64, one for each image, are needed, given {_described(labels)}")
-        if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
-            raise ValueError(
-                f"labels from {labels.min()} to {labels.max()} with {self.num_classes} classes: "
-                f"they lie in 0..{self.num_classes - 1}"
-            )
+        check_range(labels, self.num_classes)
         if not channels == len(self.std) == images.shape[1]:
             raise ValueError(f"images of {images.shape[1]} channels need as many means and deviations, not {channels}")
 

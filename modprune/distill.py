@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._inputs import call, device_of, evaluating, first_tensor, modes_kept, opened, split_batch
+from modprune._inputs import call, check_range, device_of, evaluating, first_tensor, modes_kept, opened, split_batch
 
 Teacher = Callable[[Any], Tensor]
 """From a batch to logits (B, classes)."""
@@ -115,10 +115,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
     try:
         return F.cross_entropy(logits, labels)
     except IndexError:
-        raise ValueError(
-            f"labels from {labels.min()} to {labels.max()} with {logits.shape[1]} classes: labels lie in "
-            f"0..{logits.shape[1] - 1}; check the data and the model's number of classes"
-        ) from None
+        check_range(labels, logits.shape[1])  # looked at before, an accelerator would have to be waited for
+        raise
 
 
 @contextmanager

@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._inputs import ONCE, call, device_of, evaluating, first_tensor, laid_out, opened, split_batch, to_device
+from modprune._inputs import (
+    ONCE,
+    call,
+    check_range,
+    device_of,
+    evaluating,
+    first_tensor,
+    laid_out,
+    opened,
+    split_batch,
+    to_device,
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,5 @@ def logits_and_labels(
             f"labels are {logits.shape[0]} integers, one for each row of logits; "
             f"given {labels.dtype} of shape {tuple(labels.shape)}: check the loader"
         )
-    if len(labels) and (labels.min() < 0 or labels.max() >= logits.shape[1]):
-        raise ValueError(
-            f"labels from {labels.min()} to {labels.max()} with {logits.shape[1]} classes: "
-            f"labels lie in 0..{logits.shape[1] - 1}; check the data and the model's number of classes"
-        )
+    check_range(labels, logits.shape[1])
     return logits.float(), labels.long()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from modprune._files import to_json
 from modprune._inputs import first_sample
 from modprune._random import undisturbed
 from modprune.blocks import check_bare
+from modprune.budget import Budget
 from modprune.carry import carry_over
 from modprune.cost import count_macs, count_params
 from modprune.criteria import Criterion, Random, resolve
@@ -138,14 +140,14 @@ class GradualPruning:
             raise ValueError(f"{len(at)} counts in at and {len(self.shares)} shares: give one share for each")
         with undisturbed(loader):
             self.example = first_sample(loader) if example_inputs is None else example_inputs
-        self.budget = {"flops": flops, "params": params, "blocks": blocks}
+        self.budget = Budget(flops, params, blocks)
         self.options = {"criterion": resolve(criterion), "ignored_layers": ignored_layers}
         self.plans: list[PruningPlan] = []
         self.whole = self.now = self._sizes()
         self.count = self.stage = 0
         if state is None:  # better told now than at the first stage: whether the budget can be met at all
             anything = {**self.options, "criterion": Random()}
-            ModularityPruner(model, self.example, self.loader, **anything, **self.budget).plan()  # type: ignore[arg-type]
+            ModularityPruner(model, self.example, self.loader, **anything, **asdict(self.budget)).plan()  # type: ignore[arg-type]
         else:
             self._go_on(state)
 
@@ -186,7 +188,7 @@ class GradualPruning:
     def state_dict(self) -> dict[str, Any]:
         """How far it has come, for `state`; of JSON's types alone."""
         state = {
-            "budget": self.budget,
+            "budget": {name: value for name, value in asdict(self.budget).items() if value is not None},
             "shares": self.shares,
             "count": self.count,
             "stage": self.stage,
@@ -223,10 +225,10 @@ class GradualPruning:
         """To the next stage. All, each the best at its time, may come to too little where `blocks` bounds them."""
         self.stage += 1
         for name, size in self.now.items():
-            asked, freed = self.budget[name], 1 - size / self.whole[name]
+            asked, freed = getattr(self.budget, name), 1 - size / self.whole[name]
             if self.stage == len(self.shares) and asked and freed < asked - 1e-9:
                 warnings.warn(
-                    f"{name}={asked} with blocks={self.budget['blocks']}: in stages, {freed:.1%} went", stacklevel=3
+                    f"{name}={asked} with blocks={self.budget.blocks}: in stages, {freed:.1%} went", stacklevel=3
                 )
 
     def _sizes(self) -> dict[str, int]:
@@ -234,13 +236,7 @@ class GradualPruning:
 
     def _left(self, share: float) -> dict[str, float]:
         """What of `share` of the budget is still to go, as fractions of what is left of the model; empty if nothing."""
-        left: dict[str, float] = {}
-        for name, size in self.now.items():
-            fraction = 1 - (1 - share * (self.budget[name] or 0.0)) * self.whole[name] / size
-            if self.budget[name] and fraction > 1e-9:
-                left[name] = fraction
-        if asked := self.budget["blocks"]:
-            left["blocks"] = round(share * asked) - sum(len(plan.remove) for plan in self.plans)
-            if left["blocks"] <= 0:  # none may go at this stage, whatever else is still to be met
-                return {}
-        return left
+        freed = {name: 1 - size / self.whole[name] for name, size in self.now.items()}
+        left = self.budget.left(share, freed, sum(len(plan.remove) for plan in self.plans))
+        scale = {name: self.whole[name] / size for name, size in self.now.items()}
+        return {name: value * scale[name] if name in scale else value for name, value in left.items()}

@@ -127,18 +127,18 @@ class ModularityPruner:
         gone: list[Candidate] = []
         model = self.model if self.iterative_steps == 1 else copy.deepcopy(self.model)
         for stage in range(1, self.iterative_steps + 1):
-            left = _left(self.budget, stage / self.iterative_steps, gone, totals)
-            if left is None and self.scores is not None:
+            left = self.budget.left(stage / self.iterative_steps, _freed(gone, totals), len(gone))
+            if not left and self.scores is not None:
                 continue
             if not blocks:
                 raise ValueError(f"{type(model).__name__} has no block that can be removed ({blocks.why_no_more})")
             with undisturbed(self.loader):
                 scores = _of_all(scores_by(self.criterion, model, blocks, self.loader))
             self.scores = self.scores or scores
-            if left is None:
+            if not left:
                 continue
             candidates = _candidates(blocks, scores, self.ignored, times)
-            names = choose(candidates, left, *totals)
+            names = choose(candidates, Budget(**left), *totals)  # type: ignore[arg-type]
             gone += [candidate for candidate in candidates if candidate.name in names]
             if stage < self.iterative_steps:
                 _plan_for(whole, names).apply(model, self.example_inputs)
@@ -237,19 +237,6 @@ def _candidates(
             for own in (block.name, *block.layers, block.end)  # those of a plain unit lie beside it
         )
     ]
-
-
-def _left(budget: Budget, share: float, gone: Sequence[Candidate], totals: _Totals) -> Budget | None:
-    """What of `share` of the budget is still to be met after the blocks gone so far; None if nothing."""
-    freed = _freed(gone, totals)
-    flops = budget.flops and budget.flops * share - freed["flops"]
-    params = budget.params and budget.params * share - freed["params"]
-    blocks = budget.blocks and round(budget.blocks * share) - len(gone)
-    latency = budget.latency and budget.latency * share - freed["latency"]
-    if blocks is not None and blocks <= 0:  # none may go at this stage, whatever else is still to be met
-        return None
-    needed = [value if value is not None and value > 0 else None for value in (flops, params, blocks, latency)]
-    return Budget(*needed) if any(needed) else None  # type: ignore[arg-type]
 
 
 def _check_met(budget: Budget, gone: Sequence[Candidate], totals: _Totals) -> None:

@@ -142,4 +142,4 @@ def _removed(original: int, pruned: int) -> float:
 
 
 def _percent(removed: float) -> str:
-    return f"-{removed:.2%}".replace("--", "+").replace("%", " %")
+    return f"{-removed:+.2%}".replace("%", " %")

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from modprune._inputs import evaluating
+from modprune._inputs import check_range, evaluating
 from modprune.graph import check_labels
 
 Model = Callable[[Tensor], Tensor]
@@ -247,8 +247,7 @@ def _attack(model: Model, images: Tensor, labels: Tensor, change: Callable[[Tens
         result, labels = images.detach().clone(), labels.to(images.device, torch.int64)
         with torch.no_grad():
             logits = model(result)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
-            raise ValueError(f"labels from {labels.min()} to {labels.max()}: 0..{logits.shape[1] - 1} are the classes")
+        check_range(labels, logits.shape[1])
         right = logits.argmax(1) == labels
         if right.any():
             result[right] = change(result[right], labels[right]).detach()

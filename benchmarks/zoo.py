@@ -30,7 +30,7 @@ from modprune import ModularityPruner, find_blocks, load, save
 from modprune._depgraph import dependency_graph
 from modprune._inputs import call
 from modprune.blocks import Blocks
-from modprune.cost import count_params
+from modprune.cost import count_macs, count_params
 from modprune.criteria import Modularity
 from modprune.specs import build_model
 from modprune.surgery import remove_blocks
@@ -221,6 +221,10 @@ def _surgery(model: nn.Module, pruned: nn.Module, blocks: Blocks, inputs: Any) -
     freed = sum(block.params for block in blocks)
     if count_params(model) - count_params(pruned) != freed:
         raise AssertionError(f"{count_params(model) - count_params(pruned)} parameters went, the blocks hold {freed}")
+    freed = sum(block.macs for block in blocks)
+    went = count_macs(model, inputs) - count_macs(pruned, inputs)
+    if went != freed and not isinstance(inputs, tuple):  # a detector of random weights finds another number of objects
+        raise AssertionError(f"{went} MACs went, the blocks hold {freed}")
 
 
 def _same_shapes(model: nn.Module, pruned: nn.Module, blocks: Blocks, inputs: Any) -> None:

@@ -376,10 +376,18 @@ def operands(node: Any) -> list[Any]:
     return [before for before, _ in node.next_functions if before is not None]
 
 
+class _Caller:
+    """Stands among the nodes for whoever is given the model's output."""
+
+    def name(self) -> str:
+        return ""
+
+
 def users(output: Any) -> dict[Any, set[Any]]:
-    """For every autograd node behind a model's output, the nodes that use its value."""
-    found: dict[Any, set[Any]] = {}
+    """For every autograd node behind a model's output, the nodes that use its value; a stand-in for the caller."""
+    caller = _Caller()
     stack: list[Any] = [tensor.grad_fn for tensor in differentiable_tensors(opened(output))]
+    found: dict[Any, set[Any]] = {node: {caller} for node in stack}
     seen = set(stack)
     while stack:
         node = stack.pop()

@@ -22,14 +22,18 @@ def without_parameters(seen: Call) -> str:
     return "other" if y is None else "same" if torch.equal(y, x) else "reordered" if _is_reordered(y, x) else "other"
 
 
-def check_shortcut(seen: Call) -> None:
-    """Raises ValueError unless what would stay of a transition is what its shortcut is while the whole block runs."""
+def shortcut_flops(seen: Call) -> int:
+    """The floating-point operations of what would stay of a transition.
+
+    Raises:
+        ValueError: unless that is what its shortcut is while the whole block runs.
+    """
     args, kwargs = _replace_first(seen.args, seen.kwargs, seen.x.clone())
     again = _replace_first(seen.args, seen.kwargs, seen.x.clone())
     try:
         with torch.no_grad():
             out = first_tensor(seen.module(*args, **kwargs))
-            made, within, alone = traced_and_run(seen.module, *again)
+            made, within, alone, flops = traced_and_run(seen.module, *again)
     except ValueError:
         raise
     except Exception as error:
@@ -37,6 +41,7 @@ def check_shortcut(seen: Call) -> None:
     pairs = (first_tensor(made), out), (alone, within)
     if any(y is None or x is None or y.shape != x.shape or differ(y, x) for y, x in pairs):
         raise ValueError("what torch.fx traces of it, or its shortcut by itself, gives other values")
+    return flops
 
 
 def is_own_norm(seen: Call) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modprune._autograd import TORCHS_OWN, first_line
 from modprune._inputs import evaluating, map_values
+from modprune.cost import counted_flops
 
 MARK = "modprune_kind"
 # What a shortcut may pass through in a traced block; the autograd names in `_autograd` say the same of a run one.
@@ -53,8 +54,10 @@ def shortcut_only(block: nn.Module) -> fx.GraphModule:
     return kept
 
 
-def traced_and_run(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+def traced_and_run(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, Any, int]:
     """What a traced block gives for arguments, its shortcut within it, and its shortcut when nothing else is run.
+
+    And the floating-point operations of the latter.
 
     Raises:
         ValueError: as `shortcut_only`.
@@ -69,7 +72,10 @@ def traced_and_run(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, 
         made, within = fx.GraphModule(block, graph).forward(*args, **kwargs)  # called, it would print errors
         output.args = (side,)
         graph.erase_node(noted)
-        return made, within, _lean(block, graph).forward(*again, **kwagain)
+        lean = _lean(block, graph)
+        with counted_flops() as counter:
+            alone = lean.forward(*again, **kwagain)
+        return made, within, alone, counter.total
 
 
 def _lean(block: nn.Module, graph: fx.Graph) -> fx.GraphModule:
@@ -142,7 +148,7 @@ def traced_kind(block: nn.Module) -> str:
             "identity" if _has_identity_path(graph, block) else "transition" if _last_sum(graph, block)[0] else ""
             for graph in _graphs(block)
         ]
-    return next(filter(None, kinds), "")
+    return "identity" if "identity" in kinds else next(filter(None, kinds), "")  # seen in the deeper trace alone
 
 
 def traced_outputs(block: nn.Module) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex, overload
+from typing import Any, NamedTuple, SupportsIndex, overload
 
+import torch
 from torch import nn
 
 from modprune._autograd import (
@@ -32,8 +33,8 @@ from modprune._autograd import (
     traceable,
     users,
 )
-from modprune._inputs import device_of, to_device
-from modprune._probe import check_shortcut, is_own_norm, without_parameters
+from modprune._inputs import batch_size, device_of, to_device
+from modprune._probe import is_own_norm, shortcut_flops, without_parameters
 from modprune._trace import MARK, shortcut_parameters
 from modprune.bypass import activation_after, norm_after
 from modprune.cost import counted_macs
@@ -144,7 +145,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
             if rest == "reordered":
                 refused[name] = "it gives its input back in another order"
                 continue
-            blocks.append(_describe(model, calls[name], kind, stays, rest == "same", places, macs))
+            blocks.append(_describe(model, calls[name], kind, stays, rest == "same", places, macs, batch_size(inputs)))
     return Blocks(blocks, refused)
 
 
@@ -152,6 +153,8 @@ def check_bare(model: nn.Module) -> None:
     """ValueError if blocks cannot be seen or replaced safely because the model is wrapped or compiled."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(f"the model is wrapped in {type(model).__name__}: pass model.module, then wrap it anew")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the model is scripted or traced: pass it as it was before; script it after the pruning")
     # Version 1 wraps modules, version 2 puts DTensors in the place of parameters. To import either takes a second.
     for module in model.modules():
         if "_fsdp_wrapped_module" in module._modules or any(
@@ -168,8 +171,15 @@ def check_filled(model: nn.Module) -> None:
         raise ValueError("the model has no weights yet (it is on the meta device): load them first")
 
 
-# The kind of a block and the parameters of it that stay, by id: those of a transition's shortcut.
-_Found = dict[str, tuple[str, set[int]]]
+class _Shortcut(NamedTuple):
+    """What stays of a transition: its parameters, by id, and its floating-point operations; of other kinds nothing."""
+
+    parameters: frozenset[int] = frozenset()
+    flops: int = 0
+
+
+# The kind of a block, and what of it stays.
+_Found = dict[str, tuple[str, _Shortcut]]
 
 
 def _residual(
@@ -194,7 +204,7 @@ def _residual(
         try:
             if reason := _obstacle(seen, uses, held):
                 raise ValueError(reason)
-            kept = _stays(seen) if kind == "transition" else set()
+            kept = _stays(seen) if kind == "transition" else _Shortcut()
         except ValueError as error:
             if not inner:
                 refused[name] = str(error)
@@ -205,13 +215,12 @@ def _residual(
     return {name: found[name] for name in calls if name in found}, refused
 
 
-def _stays(seen: Call) -> set[int]:
-    """The parameters of a transition's shortcut, by `id`; ValueError if it cannot be parted from the branch."""
+def _stays(seen: Call) -> _Shortcut:
+    """What stays of a transition; ValueError if its shortcut cannot be parted from the branch."""
     kept = shortcut_parameters(seen.module)
     if kept >= seen.own.keys():
         raise ValueError("its branch has no parameters of its own")
-    check_shortcut(seen)
-    return kept
+    return _Shortcut(frozenset(kept), shortcut_flops(seen))
 
 
 def _checkpointed(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> dict[str, str]:
@@ -323,7 +332,7 @@ def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) 
                 if conv.end[0] in around:
                     refused[name] = "a shortcut outside of any sub-module leads around it"
                 else:
-                    found[name] = "plain", set()
+                    found[name] = "plain", _Shortcut()
     return found, refused
 
 
@@ -346,23 +355,21 @@ def _describe(
     model: nn.Module,
     seen: Call,
     kind: str,
-    stays: set[int],
+    stays: _Shortcut,
     exact: bool,
     places: Counter[int],
     macs: dict[str, int],
+    samples: int,
 ) -> Block:
     roots = [seen.name]
     if kind == "plain" and (norm := norm_after(model, seen.name)):
         roots += [name for name in (norm, activation_after(model, norm)) if name]
     inside = {name: module for root in roots for name, module in model.get_submodule(root).named_modules(prefix=root)}
     own = {name: [p for p in module._parameters.values() if p is not None] for name, module in inside.items()}
-    freed = sum(p.numel() for p in _alone(inside, roots, places) if id(p) not in stays)
-    staying = [name for name, ps in own.items() if any(id(p) in stays for p in ps)]
-    counted = {name.partition(".parametrizations.")[0] for name in staying}  # the layer that its weight is made for
-    children = [f"{name}.{child}" for name in counted for child in inside[name]._modules]
-    alone = sum(macs.get(name, 0) for name in counted) - sum(macs.get(name, 0) for name in children)
-    layers = tuple(name for name, ps in own.items() if ps and name not in staying)
-    return Block(seen.name, kind, freed, macs[seen.name] - alone, layers, roots[-1], exact, seen.outputs)
+    freed = sum(p.numel() for p in _alone(inside, roots, places) if id(p) not in stays.parameters)
+    layers = tuple(n for n, ps in own.items() if ps and not any(id(p) in stays.parameters for p in ps))
+    macs_freed = macs[seen.name] - stays.flops // (2 * samples)
+    return Block(seen.name, kind, freed, macs_freed, layers, roots[-1], exact, seen.outputs)
 
 
 def _alone(inside: dict[str, nn.Module], roots: Sequence[str], places: Counter[int]) -> set[nn.Parameter]:

@@ -62,7 +62,7 @@ def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
     samples = batch_size(inputs)
     if samples == 0:
         raise ValueError("the example inputs hold no sample: give at least one")
-    counter, names = _Flops(), {module: name for name, module in model.named_modules()}
+    counter, names = Flops(), {module: name for name, module in model.named_modules()}
     macs = dict.fromkeys(names.values(), 0)
 
     def change(module: nn.Module, sign: int) -> None:
@@ -78,7 +78,14 @@ def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
         macs[name] //= 2 * samples
 
 
-class _Flops(TorchDispatchMode):
+@contextmanager
+def counted_flops() -> Iterator[Flops]:
+    """The floating-point operations of what runs inside: `total` of what it yields, so far."""
+    with _visible_attention(), Flops() as counter:
+        yield counter
+
+
+class Flops(TorchDispatchMode):
     """Floating-point operations so far, by torch's own formulas.
 
     `FlopCounterMode` has the same but tracks modules in a way that fails where a parameter is handed from one to

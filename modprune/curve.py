@@ -170,7 +170,8 @@ def _first_layer(model: nn.Module, block: str, example_inputs: Any) -> str:
 
     with ExitStack() as hooks, evaluating(model), torch.no_grad():
         for name, module in model.named_modules():
-            if name == block or (not any(True for _ in module.children()) and any(True for _ in module.parameters())):
+            layer = not module._modules.keys() - {"parametrizations"} and any(True for _ in module.parameters())
+            if name == block or layer:
                 hooks.enter_context(module.register_forward_hook(lambda _, __, out, name=name: look(name, out)))
         call(model, to_device(example_inputs, device_of(model)))
     samples = batch_size(example_inputs)
@@ -178,7 +179,7 @@ def _first_layer(model: nn.Module, block: str, example_inputs: Any) -> str:
     if first is None:
         raise ValueError(
             f"{type(model).__name__} has no layer with parameters that runs once and gives a row for each sample, to "
-            "stand before the first block: give layers"
+            "stand before the first block: give modularity_curve the layers, or prune by block_influence, say"
         )
     return first
 

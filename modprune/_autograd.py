@@ -162,7 +162,7 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
         if name in calls:
             calls[name].times = times[name]
         elif x is not None and start is not None:
-            if is_composite(module) and start not in values:
+            if may_be_block(module) and start not in values:
                 with torch.no_grad():
                     values[start] = x.clone()
             seen = values[start] if start in values else x.detach()
@@ -181,8 +181,7 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
     try:
         with ExitStack() as hooks, _SumsOutOfPlace():
             for name, module in model.named_modules():
-                looked_at = leaves or is_composite(module) or not type(module).__module__.startswith("torch.nn.")
-                if name and looked_at and any(True for _ in module.parameters()):
+                if name and (leaves or may_be_block(module)) and any(True for _ in module.parameters()):
                     if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                         continue
                     hooks.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
@@ -195,6 +194,11 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
 def is_composite(module: nn.Module) -> bool:
     """Whether a module holds others."""
     return bool(module._modules)
+
+
+def may_be_block(module: nn.Module) -> bool:
+    """Whether a module is more than one of torch's own layers."""
+    return is_composite(module) or not type(module).__module__.startswith("torch.nn.")
 
 
 def _sources(out: Any, first: Tensor, given: list[Any]) -> tuple[int, ...]:

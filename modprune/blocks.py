@@ -25,8 +25,8 @@ from modprune._autograd import (
     edge,
     identity_path,
     is_any,
-    is_composite,
     last_sum,
+    may_be_block,
     operands,
     parameters,
     record_calls,
@@ -259,7 +259,7 @@ def _is_sum_of(inner: Call, outer: Call) -> bool:
 
 def _kind(seen: Call, norms: Mapping[Edge, Edge]) -> str:
     """What kind of block a call looks like by its autograd graph; empty if it is no residual block."""
-    if seen.end is None or seen.end[0] is seen.start[0] or not is_composite(seen.module):
+    if seen.end is None or seen.end[0] is seen.start[0] or not may_be_block(seen.module):
         return ""
     path = identity_path(seen.end, seen.start, norms) if seen.shape == seen.x.shape else ""
     if path == "branch" or (path == "other" and _is_fed(seen)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
 
 import pytest
@@ -15,6 +16,7 @@ from benchmarks.zoo import ZOO
 from modprune.blocks import find_blocks
 from modprune.cost import count_params
 from modprune.models import resnet20, resnet56
+from modprune.surgery import remove_blocks
 
 # Of the other half of the zoo, see test_zoo.
 LARGER = ("resnet50", "efficientnet_b0", "convnext_tiny", "swin_v2_t", "vgg11_bn")
@@ -114,9 +116,26 @@ class Naming(Twice):
         return self.head(self.block(self.stem(x))["out"])
 
 
+class Keys(Residual):
+    def forward(self, x):
+        keys = self.body(x)
+        return x + keys.softmax(1) * keys, keys
+
+
+class Cached(Twice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Keys(nn.Linear(4, 4))
+
+    def forward(self, x):
+        x, keys = self.block(self.stem(x))
+        return self.head(x), keys
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
+        (Cached(), "a second value that it gives back is used"),
         (Twice(), "called 2 times"),
         (Fed(), "another layer feeds"),
         (Leak(), "used outside"),
@@ -206,6 +225,27 @@ def test_what_counts_as_a_shortcut(join, kinds):
     blocks = find_blocks(model, torch.randn(3, 4))
     assert [block.kind for block in blocks] == kinds
     assert not blocks.refused
+
+
+class Bare(nn.Module):
+    """A block of one module, with its weight in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return x + nn.functional.linear(x, self.weight).relu()
+
+
+def test_a_block_may_hold_its_weights_itself():
+    model, x = nn.Sequential(nn.Linear(4, 4), Bare(), Bare(), nn.Linear(4, 2)), torch.randn(3, 4)
+    assert [(b.name, b.kind, b.params, b.macs, b.exact) for b in find_blocks(model, x)] == [
+        (name, "identity", 16, 16, True) for name in "12"
+    ]
+    expected = model[3](model[2](model[0](x)))
+    for example in (x, None):
+        assert torch.equal(remove_blocks(copy.deepcopy(model), ["1"], example_inputs=example)(x), expected)
 
 
 def test_a_block_right_at_the_input_and_arguments_by_name():
@@ -317,8 +357,17 @@ def test_the_model_is_left_as_found(inputs):
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize(
-    ("wrap", "mend"), [(nn.DataParallel, r"pass model\.module"), (torch.compile, "pass the module as it was before")]
+    ("wrap", "mend"),
+    [
+        (nn.DataParallel, r"pass model\.module"),
+        (torch.compile, "pass the module as it was before"),
+        (
+            lambda model: torch.jit.trace(model.eval(), torch.zeros(1, 3, 32, 32)),
+            "scripted or traced: pass it as it was",
+        ),
+    ],
 )
 def test_wrapped_models_are_refused(wrap, mend):
     with pytest.raises(ValueError, match=mend):

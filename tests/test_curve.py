@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
 from modprune.curve import ModularityCurve, modularity_curve
@@ -75,6 +76,12 @@ def test_a_network_that_needs_channels_first_gets_them(whole):
     batches = [(a.relu(), b) for a, b in loader(64)]
     of_body = modularity_curve(model.body, batches, samples=64, repeats=1)
     assert np.abs(modularity_curve(model, loader(64), samples=64, repeats=1).q - of_body.q).max() < 1e-6
+
+
+def test_a_stem_whose_weight_is_parametrized_is_a_layer():
+    model = network()
+    weight_norm(model.conv1)
+    assert modularity_curve(model, loader(64), samples=64, repeats=1).layers[:2] == ("conv1", "layer1.0")
 
 
 def test_less_memory_takes_more_passes_and_gives_the_same_numbers():

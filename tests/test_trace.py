@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from modprune import find_blocks
 from modprune._trace import shortcut_only, traced_kind, traced_outputs
 
 
@@ -67,6 +68,19 @@ class Post(nn.Module):
 )
 def test_the_kind_is_read_off_the_block_alone(join, kind):
     assert traced_kind(Post(join)) == kind
+
+
+def test_a_block_in_a_block_is_seen_through():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.f = Post(lambda m, x, f: x + f), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+
+        def forward(self, x):
+            x = self.inner(x)
+            return x + self.f(x)
+
+    assert traced_kind(Outer()) == find_blocks(nn.Sequential(Outer()), torch.randn(2, 4))[0].kind == "identity"
 
 
 def test_the_form_is_read_off_the_block_alone():

@@ -62,6 +62,7 @@ GOOD = {
     "plus a number": lambda m, x: F.relu(m.branch(x) + m.shortcut(x) + 0),
     "constants": lambda m, x: m.branch(x) + F.avg_pool2d(x, 2).repeat(1, 2, 1, 1) * m.kernel * torch.tensor(0.5),
     "notes of its own": remembering,
+    "a product of values": lambda m, x: m.branch(x) + (y := m.shortcut(x)) @ y.mT,
 }
 
 
@@ -122,6 +123,27 @@ def test_the_cost_of_a_parametrized_shortcut_stays():
     spectral_norm(model[1].shortcut)
     block = find_blocks(model, X)[0]
     macs, params = count_macs(model, X), count_params(model)
+    PruningPlan(("1",)).apply(model, X)
+    assert (macs - count_macs(model, X), params - count_params(model)) == (block.macs, block.params)
+
+
+class Listed(nn.Module):
+    """A weight of its own on the shortcut; what the branch is made of lies in a list that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(16, 8, 1, 1))
+        self.branch = nn.ModuleList([nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)])
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight) + self.branch[1](F.relu(self.branch[0](x)))
+
+
+def test_the_cost_of_a_weight_beside_a_list_stays():
+    model = network(None)
+    model[1] = Listed()
+    macs, params = count_macs(model, X), count_params(model)
+    block = find_blocks(model, X)[0]
     PruningPlan(("1",)).apply(model, X)
     assert (macs - count_macs(model, X), params - count_params(model)) == (block.macs, block.params)
 

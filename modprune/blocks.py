@@ -372,6 +372,17 @@ def _describe(
     return Block(seen.name, kind, freed, macs_freed, layers, roots[-1], exact, seen.outputs)
 
 
+def tied_params(model: nn.Module, blocks: Iterable[Block]) -> int:
+    """Parameters that go with these blocks together and with none of them alone: several of them hold them."""
+    block_of = {layer: block.name for block in blocks for layer in block.layers}
+    holders: dict[nn.Parameter, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(parameter, set()).add(block_of.get(name, ""))
+    return sum(p.numel() for p, names in holders.items() if len(names) > 1 and "" not in names)
+
+
 def _alone(inside: dict[str, nn.Module], roots: Sequence[str], places: Counter[int]) -> set[nn.Parameter]:
     """The parameters of the modules `inside` that no module outside holds, once `roots` are gone from all places."""
     here = _places(inside.values())

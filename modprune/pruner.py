@@ -16,7 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from modprune._autograd import first_line
 from modprune._processes import check_alike, everyones, from_first, place
 from modprune._random import undisturbed
-from modprune.blocks import Block, Blocks, find_blocks
+from modprune.blocks import Block, Blocks, find_blocks, tied_params
 from modprune.budget import Budget, Candidate, check_fraction, choose
 from modprune.cost import count_macs, count_params, latency_by_module, macs_by_module
 from modprune.criteria import BlockScores, Criterion, name_of, resolve, scores_by
@@ -146,14 +146,12 @@ class ModularityPruner:
                 found = find_blocks(model, self.example_inputs)
                 blocks = Blocks([block for block in found if block.name in whole], found.refused)
         _check_met(self.budget, gone, totals)
-        chosen = {candidate.name for candidate in gone}
+        chosen = [name for name in whole if any(name == candidate.name for candidate in gone)]
+        freed = _freed(gone, totals)
+        freed["params"] += tied_params(self.model, [whole[name] for name in chosen]) / totals[1]
         assert self.scores is not None
-        plan = replace(
-            _plan_for(whole, [name for name in whole if name in chosen]),
-            criterion=name_of(self.criterion),
-            scores=self.scores.mean,
-            freed=_freed(gone, totals),
-        )
+        parts = {"criterion": name_of(self.criterion), "scores": self.scores.mean, "freed": freed}
+        plan = replace(_plan_for(whole, chosen), **parts)  # type: ignore[arg-type]
         return plan if self.width is None else self._with_width(plan, self.width, totals)
 
     def _with_width(self, plan: PruningPlan, width: float, totals: _Totals) -> PruningPlan:

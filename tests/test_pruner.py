@@ -106,6 +106,19 @@ class Plus(nn.Module):
         return x + self.f(x)
 
 
+def test_parameters_that_blocks_share_among_themselves_are_freed_with_the_last():
+    shared = Plus()
+    blocks = [shared, Plus(), Plus()]
+    blocks[1].f = shared.f
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *blocks, nn.Flatten())
+    for lowest in ({"1": 0, "2": 0}, {"1": 0, "3": 0}):
+        trial, whole = copy.deepcopy(model), count_params(model)
+        pruner = ModularityPruner(trial, X, [], by_name(lowest), blocks=2)
+        freed = pruner.plan().freed["params"]
+        assert freed == pytest.approx(1 - count_params(pruner.step()) / whole)
+        assert freed == pytest.approx(count_params(blocks[2]) / whole)
+
+
 def test_stages_choose_among_the_blocks_of_the_whole_model():
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1), Nested(), Nested()), torch.randn(1, 3, 6, 6)
     names = find_blocks(model, x).names

@@ -47,13 +47,13 @@ def check_data(value: str) -> str:
 
 def _fraction(value: float | None) -> float | None:
     if value is not None and not 0 < value < 1:
-        raise typer.BadParameter(f"{value} is no fraction between 0 and 1, such as 0.6 for 60 %")
+        raise typer.BadParameter(f"{value} is not a fraction between 0 and 1, such as 0.6 for 60 %")
     return value
 
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number, such as 0.1")
+        raise typer.BadParameter(f"{value} is not a finite number, such as 0.1")
     return value
 
 
@@ -73,15 +73,16 @@ Weights = Annotated[Path, typer.Option(help="Its trained weights: a .th, .pt or 
 _DATA_SETS = f"{', '.join(DATA)}; or path/to/file.py:function (a file of yours: it is run)."
 Data = Annotated[str, typer.Option(help=f"Data set: {_DATA_SETS}", callback=check_data)]
 DataDir = Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-py or cifar-100-python.")]
-Flops = Annotated[float | None, typer.Option(help="Fraction of MACs to remove, at least.", callback=_fraction)]
-Params = Annotated[float | None, typer.Option(help="Fraction of parameters to remove, at least.", callback=_fraction)]
+Flops = Annotated[float | None, typer.Option(help="Least fraction of the MACs to remove.", callback=_fraction)]
+Params = Annotated[float | None, typer.Option(help="Least fraction of the parameters to remove.", callback=_fraction)]
 Latency = Annotated[
     float | None,
     typer.Option(
-        help="Fraction of the time to remove, at least, as measured here; not with --flops.", callback=_fraction
+        help="Least fraction of the time of a forward pass to remove, as measured here; not with --flops.",
+        callback=_fraction,
     ),
 ]
-Count = Annotated[int | None, typer.Option("--blocks", min=1, help="How many blocks to remove, exactly.")]
+Count = Annotated[int | None, typer.Option("--blocks", min=1, help="Exact number of blocks to remove.")]
 Width = Annotated[
     float | None,
     typer.Option(help="Fraction of channels to cut inside the blocks that stay, by torch-pruning.", callback=_fraction),
@@ -91,7 +92,9 @@ Criterion = Annotated[
     typer.Option(help=f"What scores the blocks: {', '.join(CRITERIA)}.", callback=_one_of(CRITERIA)),
 ]
 Rate = Annotated[float, typer.Option(min=0.0, help="Peak learning rate.", callback=_finite)]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of calibration images, their order and augmentation.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="Random seed of calibration images, their order and augmentation.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 Json = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON to this file as well.", callback=to_write)

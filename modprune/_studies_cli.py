@@ -41,12 +41,12 @@ from modprune.studies.adversarial import ATTACKS
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Read a network with modularity: the experiments of Lu et al. (ECCV 2022), each written to --out as "
+    help="Analyse a network with modularity: the experiments of Lu et al. (ECCV 2022), each written to --out as "
     "study.json, study.png, study.svg and study.md.",
 )
 
 Out = Annotated[Path, typer.Option(help="Folder for study.json, study.png, study.svg and study.md.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted study in --out.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted study in --out.")]
 Cuts = Annotated[int, typer.Option(min=1, help="Blocks of the largest cut.")]
 Epochs = Annotated[int, typer.Option(min=0, help="Of fine-tuning each cut; 0 leaves it out.")]
 
@@ -170,7 +170,7 @@ def ablation(
 @app.command()
 def plateaus(
     model: Model, weights: Weights, out: Out, data: Data = "cifar10", data_dir: DataDir = Path("data"),
-    cuts: Annotated[list[int], typer.Option(min=1, help="Blocks that a cut lacks; give one or more.")] = [1, 2, 4],  # noqa: B006
+    cuts: Annotated[list[int], typer.Option(min=1, help="Blocks to remove in a cut; give one or more.")] = [1, 2, 4],  # noqa: B006
     epochs: Epochs = 0, lr: Rate = 0.05, k: K = 3, samples: Samples = 500, repeats: Repeats = 5, seed: Seed = 0,
     device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip

@@ -118,9 +118,9 @@ def curve(
     ] = None,
     json_: Json = None,
 ) -> None:  # fmt: skip
-    """Measure the modularity Q of every layer on training images: where the classes part, and where nothing happens.
+    """Measure the modularity Q of every layer on training images: where the classes separate, where nothing changes.
 
-    Started by torchrun or accelerate launch, the processes share the work.
+    Under torchrun or accelerate launch, the processes share the work.
     """
     first = meet(pick_device(device))
     train = load_data(data, data_dir, train=True)
@@ -150,7 +150,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Choose the blocks to remove; nothing is changed. The JSON is the plan that PruningPlan.from_json reads.
 
-    Started by torchrun or accelerate launch, the processes share the work.
+    Under torchrun or accelerate launch, the processes share the work.
     """
     _check_budget(flops, params, count, latency)
     first = meet(pick_device(device))
@@ -183,18 +183,19 @@ def prune(
     model: Model, weights: Weights, out: Annotated[Path, typer.Option(help="Folder for all results.")],
     data: Data = "cifar10", data_dir: DataDir = Path("data"), flops: Flops = None, params: Params = None,
     count: Count = None, latency: Latency = None, width: Width = None, criterion: Criterion = "modularity",
-    epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 stops before it.")] = 40,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning; 0 leaves it out.")] = 40,
     lr: Rate = 0.1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 128,
     seed: Seed = 0, device: Device = "auto",
     log_with: Annotated[list[str], typer.Option(help="Trackers of accelerate: tensorboard, wandb, ...; repeatable.")]
     = [],  # noqa: B006 (typer reads it, nobody changes it)
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")] = False,
 ) -> None:  # fmt: skip
     """The whole job: measure, plan, remove, fine-tune with the unpruned network as teacher, report.
 
     Writes run.json, plan.json, curve.json and curve.png (of modularity), metrics.csv, model.safetensors, report.json
-    and report.md to --out. Started by torchrun or accelerate launch, the processes share the work.
+    and report.md to --out, in the place of a finished run that is there. Under torchrun or accelerate launch, the
+    processes share the work.
     """
     _check_budget(flops, params, count, latency)
     train, test = load_data(data, data_dir, train=True), load_data(data, data_dir, train=False)

@@ -136,7 +136,7 @@ def _made_of(model: nn.Module, train: ImageData) -> dict[str, str]:
 
 def _check_images(train: ImageData, test: ImageData, batch_size: int) -> None:
     if not 1 <= batch_size <= len(train):
-        raise ValueError(f"batch_size={batch_size}: from 1 to the {len(train)} training images is needed")
+        raise ValueError(f"batch_size={batch_size}: it lies between 1 and {len(train)}, the number of training images")
     kinds = [f"{data.num_classes} classes of {tuple(data.images.shape[1:])}" for data in (train, test)]
     if len(test) == 0 or kinds[0] != kinds[1]:
         raise ValueError(f"test: {len(test)} images, {kinds[1]}, where the training images are {kinds[0]}: give such")
@@ -170,12 +170,12 @@ def _check_same(out: Path, arguments: Mapping[str, Any]) -> bool:
     record = out / "run.json"
     if not record.exists():
         return False
-    mine = json.loads(to_json(arguments))
+    mine = _flat(json.loads(to_json(arguments)))
     try:
         found = json.loads(record.read_text())
-        theirs, finished = found["arguments"], bool(found["finished"])
-        for recipe in (theirs["recipe"], mine["recipe"]) if not finished else ():
-            (recipe or {}).pop("epochs", None)  # they may become more
+        theirs, finished = _flat(found["arguments"]), bool(found["finished"])
+        for run in (theirs, mine) if not finished else ():
+            run["epochs"] = min(run["epochs"], 1)  # they may become more
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{record}: not the record of a run of modprune prune; give another folder") from None
     other = [name for name in mine if mine[name] != theirs.get(name)]
@@ -183,6 +183,12 @@ def _check_same(out: Path, arguments: Mapping[str, Any]) -> bool:
         had, has = ({name: values.get(name) for name in other} for values in (theirs, mine))
         raise ValueError(f"{out}: the run there has {had}, this one {has}: resume it as it was, or give another folder")
     return finished
+
+
+def _flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with the recipe's constants among them; where there is none, there are no epochs."""
+    rest = dict(arguments)
+    return rest | (rest.pop("recipe") or {"epochs": 0})
 
 
 def _report_anew(model: nn.Module, test: ImageData, out: Path) -> Report:

@@ -52,7 +52,7 @@ def build_model(spec: str, num_classes: int = 10) -> nn.Module:
         raise ValueError(f"model {spec!r} is unknown: give one of {', '.join(MODELS)}, or {FORMS}")
     build = _LIBRARIES.get(source) or (_from_file(Path(source)) if source.endswith(".py") else None)
     if build is None or not name:
-        raise ValueError(f"model {spec!r} is no {FORMS}")
+        raise ValueError(f"model {spec!r} is not of the form {FORMS}")
     return _made(f"model {spec!r}", nn.Module, build, name)
 
 

@@ -98,7 +98,7 @@ def test_blocks_curve_and_plan_write_json(weights, tmp_path):
     ("arguments", "code", "message"),
     [
         (["blocks", "--model", "resnet57"], 2, "'resnet57' is unknown: give one of resnet20"),
-        (["plan", "--model", "resnet20", "--weights", "w", "--flops", "1.5"], 2, "1.5 is no fraction"),
+        (["plan", "--model", "resnet20", "--weights", "w", "--flops", "1.5"], 2, "1.5 is not a fraction"),
         (["curve", "--model", "resnet20", "--weights", "w", "--data", "x"], 2, "'x' is unknown: give one of cifar10"),
         (
             ["study", "curves", "--model", "x", "--weights", "w", "--out", "o"],
@@ -152,7 +152,7 @@ def test_an_unknown_tracker_is_told_before_the_measuring(weights, tmp_path):
     done = in_process(*prune(weights, tmp_path / "out", "--log-with", "chalk"))
     assert "accelerate has no such tracker" in str(done.exception)
     done = in_process(*prune(weights, tmp_path / "out", "--batch-size", 5000))
-    assert "batch_size=5000: from 1 to the 1437 training images" in str(done.exception)
+    assert "batch_size=5000: it lies between 1 and 1437, the number" in str(done.exception)
     assert not (tmp_path / "out" / "plan.json").exists()
 
 

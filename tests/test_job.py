@@ -49,8 +49,9 @@ def test_a_run_into_the_folder_of_another_never_ends_with_its_results(tmp_path, 
     model, train, test = resnet20(), digits(True), digits(False)
     rest = {"criterion": "l1_norm", "recipe": Recipe(epochs=1, lr=0.05), "pad": 1}
     prune_job(model, train, test, tmp_path, blocks=2, **rest)
-    for other in ({"recipe": Recipe(epochs=3, lr=0.05)}, {"seed": 1}):  # of a finished run, not even more epochs
-        with pytest.raises(ValueError, match="resume it as it was, or give another folder"):
+    of_a_finished_run = (({"recipe": Recipe(epochs=3, lr=0.05)}, "'epochs': 1"), ({"seed": 1}, "'seed': 0"))
+    for other, had in (*of_a_finished_run, ({"recipe": None}, "'epochs': 1")):  # not even more epochs
+        with pytest.raises(ValueError, match=f"has {{{had}.* resume it as it was, or give another folder"):
             prune_job(model, train, test, tmp_path, blocks=2, **(rest | other), resume=True)
     with pytest.raises(ValueError, match=r"the run there has \{'criterion': 'L1Norm\(\)'\}, this one"):
         prune_job(model, train, test, tmp_path, blocks=2, **(rest | {"criterion": Random(seed=1)}), resume=True)

@@ -76,8 +76,8 @@ def headline() -> str:
         f"Of {len(whole['scores'])} blocks; one seed, last epoch; "
         f"FLOPs as fvcore counts. Against its own base: ours {', '.join(gains)}; {LU.method} {LU.top1 - LU.base:+.2f}. "
         f"Ours were fine-tuned for {', '.join(map(str, epochs))} epochs of {TRAINING_IMAGES:,} images in all, "
-        "in several runs, with several teachers (some of them other networks) and, where they gained most, mixed images "
-        "(CutMix). The unpruned network had no such training, so a gain is the recipe's as much as the pruning's. "
+        "in several runs, with several teachers (some of them other networks) and, where they gained most, images that "
+        "CutMix made. The unpruned network had no such training, so a gain is the recipe's as much as the pruning's. "
         f"Our networks, in `benchmarks/results`: {', '.join(f'`{name}.safetensors`' for name in OURS)}."
     )
     return "\n".join([*lines, "", note])

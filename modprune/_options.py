@@ -73,12 +73,12 @@ Weights = Annotated[Path, typer.Option(help="Its trained weights: a .th, .pt or 
 _DATA_SETS = f"{', '.join(DATA)}; or path/to/file.py:function (a file of yours: it is run)."
 Data = Annotated[str, typer.Option(help=f"Data set: {_DATA_SETS}", callback=check_data)]
 DataDir = Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-py or cifar-100-python.")]
-Flops = Annotated[float | None, typer.Option(help="Least fraction of the MACs to remove.", callback=_fraction)]
-Params = Annotated[float | None, typer.Option(help="Least fraction of the parameters to remove.", callback=_fraction)]
+Flops = Annotated[float | None, typer.Option(help="Minimum fraction of the MACs to remove.", callback=_fraction)]
+Params = Annotated[float | None, typer.Option(help="Minimum fraction of the parameters to remove.", callback=_fraction)]
 Latency = Annotated[
     float | None,
     typer.Option(
-        help="Least fraction of the time of a forward pass to remove, as measured here; not with --flops.",
+        help="Minimum fraction of the time of a forward pass to remove, as measured here; not with --flops.",
         callback=_fraction,
     ),
 ]

@@ -416,7 +416,7 @@ def test_images_and_labels_that_do_not_fit_are_named(name, net, right):
         (images.half(), labels, "type torch.float16: .* of float32 or float64"),
         (images, labels[:-1], r"labels of shape \(39,\) for 40 samples"),
         (images, labels.float(), "labels of type torch.float32: integers"),
-        (images, labels + 10, r"labels from 1\d to 19: 0..9 are the classes"),
+        (images, labels + 10, r"labels from 1\d to 19 with 10 classes: labels lie in 0..9"),
     ]
     for x, y, message in unfit:
         with pytest.raises(ValueError, match=message):

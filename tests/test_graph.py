@@ -77,6 +77,7 @@ def test_the_graph_holds_the_largest_cosines(size, k):
         assert i not in graph.neighbours[i].tolist()
 
 
+@pytest.mark.filterwarnings("ignore:the feature graph has no edge")  # four samples may all be unlike
 @settings(max_examples=40, deadline=None)
 @given(sizes)
 def test_q_ignores_order_names_and_scale(size):

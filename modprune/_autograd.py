@@ -44,8 +44,8 @@ Edge = tuple[Any, int]
 def traceable(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode with gradients for all it holds.
 
-    Modes, RNG, `requires_grad` and buffers come back, and so does what stood where a module now caches a value that
-    holds on to a graph: such a module could not be copied.
+    Modes, RNG state, `requires_grad` and buffers are restored, and so is every attribute in which a module has cached a
+    tensor that holds a graph: such a module could not be copied.
     """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
@@ -337,7 +337,7 @@ def _making(node: Any, start: Edge, known: dict[Any, int]) -> int:
         bits, unknown = known.get(here, _LEARNED if _is_parameter(here) else 0), []
         if not bits:
             for following in here.next_functions:
-                # By another output than `start` one gets to what its node is made from.
+                # Another output of the same node leads to that node's own inputs.
                 if following == start:
                     bits |= _FROM_START
                 elif following[0] in known:

@@ -24,7 +24,7 @@ def started() -> int:
 def meet(device: torch.device | str) -> bool:
     """Join the processes that were started with this one, if any; whether this one is the first."""
     if started() > 1 and not dist.is_initialized():
-        # Loaded later, its defaults would hold on to the group, whose threads then outlive it.
+        # Imported later, its default arguments keep a reference to the group, whose threads then outlive it.
         import torch.distributed.nn.functional
 
         PartialState(cpu=torch.device(device).type == "cpu")

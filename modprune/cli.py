@@ -44,7 +44,7 @@ from modprune.budget import Budget
 from modprune.criteria import fitted
 from modprune.data import ImageLoader, calibration
 from modprune.job import prune_job
-from modprune.picture import save_picture
+from modprune.picture import check_png, save_picture
 from modprune.recipe import Recipe
 from modprune.specs import build_model, data_shape, load_data
 
@@ -78,8 +78,10 @@ def _options(
 
 
 def _png(value: Path | None) -> Path | None:
-    if value is not None and value.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{value}: the picture is a PNG: give a name that ends in .png")
+    try:
+        check_png(value or "none.png")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     return to_write(value)
 
 

@@ -16,7 +16,7 @@ from modprune._files import to_json
 from modprune._inputs import batch_size, call, device_of, evaluating, first_sample, first_tensor, to_device
 from modprune._random import undisturbed
 from modprune.blocks import Blocks, find_blocks
-from modprune.features import GIB, LayerGrams, Sample, draw, labels_of
+from modprune.features import GIB, LayerGrams, Sample, draw_samples, labels_of
 from modprune.graph import WHOLE, check_k, check_labels, feature_graph_from_gram, graph_modularity
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def modularity_curve(
         else:
             places = tuple(layers)
         grams = LayerGrams(model, places, budget)
-        q = [q_of(grams, sample, k) for sample in draw(loader, samples, repeats)]
+        q = [q_of(grams, sample, k) for sample in draw_samples(loader, samples, repeats)]
     return ModularityCurve(tuple(layers), np.array(q))
 
 

@@ -182,7 +182,7 @@ class ImageLoader:
         for number, index in enumerate(self._share(order).to(self.device).split(self.batch_size)[: len(self)], 1):
             images = self._padded[index] if crops is None else _crop(self._padded, index, crops[index], self.data)
             if number == len(self):
-                self.epoch += 1  # with its last batch: some who know how many there are ask for no more
+                self.epoch += 1  # with the last batch: a caller that counts batches never asks for StopIteration
             yield images * self._scale + self._shift, self._labels[index], index
 
     def _crops(self) -> Tensor:

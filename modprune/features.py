@@ -54,7 +54,7 @@ class Slab(NamedTuple):
         return self.stop - self.start
 
 
-def draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
+def draw_samples(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
     """`repeats` times `samples` labelled samples: disjoint, in the loader's order, as long as the loader lasts.
 
     Where it holds fewer than samples x repeats, the rest are random subsets of all it holds, the same in every run.
@@ -70,21 +70,21 @@ def draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
             raise ValueError(f"{name}={value}: at least 1 is needed")
     rank, processes = place()
     if processes == 1:
-        return _draw(loader, samples, repeats)
+        return _draw_here(loader, samples, repeats)
     if samples < processes:
         raise ValueError(f"samples={samples} for {processes} processes: at least one for each is needed")
     first = first_tensor(first_sample(loader))
     firsts = everyones(None if first is None else first.flatten().tolist())  # numpy has no bfloat16
     if any(other != firsts[0] for other in firsts):
-        return _draw(loader, samples // processes + (rank < samples % processes), repeats)
+        return _draw_here(loader, samples // processes + (rank < samples % processes), repeats)
     share = slice(rank * samples // processes, (rank + 1) * samples // processes)
-    return (_part(sample, share) for sample in _draw(loader, samples, repeats))
+    return (_part(sample, share) for sample in _draw_here(loader, samples, repeats))
 
 
 def drawn(model: nn.Module, loader: Iterable[Any], samples: int, repeats: int) -> list[Sample]:
-    """All that `draw` gives, with model and loader as they were."""
+    """All that `draw_samples` gives, with model and loader as they were."""
     with evaluating(model), undisturbed(loader):
-        return list(draw(loader, samples, repeats))
+        return list(draw_samples(loader, samples, repeats))
 
 
 def labels_of(sample: Sample) -> Tensor:
@@ -103,7 +103,7 @@ def _part(sample: Sample, part: slice) -> Sample:
     return pieces
 
 
-def _draw(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
+def _draw_here(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sample]:
     drawn = 0
     for sample in _consecutive(loader, samples):
         yield sample
@@ -161,7 +161,7 @@ class LayerGrams:
         samples = sum(counts)
         columns = self._columns(sample)
         passes = list(_passes(columns, samples, self.budget))
-        # Of the largest pass: one that grew from pass to pass would be there twice meanwhile.
+        # Sized for the largest pass: to grow it later would briefly hold two copies.
         self._reserve(samples * max(sum(slab.width for slab in slabs) for slabs in passes))
         gram: Tensor | None = None
         for slabs in passes:
@@ -194,7 +194,7 @@ class LayerGrams:
             if not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
                 last.add(layer)
 
-        # Of two: what `view` does to a single one may do for it in any layout.
+        # Two samples, not one: with a batch of one, `view` may succeed in any layout.
         few = [(take(inputs, 0, 2), labels[:2]) for inputs, labels in sample[:1]]
         try:
             visit(self.model, self.layers, few, look, self._layout)

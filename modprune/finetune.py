@@ -156,7 +156,8 @@ class _Run:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient: nothing can be trained")
         self.accelerator = _accelerator(self.device)
-        # Alone, a loader stays as it is: accelerate's fetches a batch ahead, with other random numbers on resuming.
+        # With one process the loader stays as it is: accelerate's fetches a batch ahead, which would change the random
+        # numbers after a resume.
         spread = isinstance(loader, DataLoader) and self.accelerator.num_processes > 1
         self.loader: Any = self.accelerator.prepare(loader) if spread else loader
         self.steps = _steps(self.loader)

@@ -18,9 +18,10 @@ from torch import Tensor
 # saves half of the products. Otherwise rows are worked off in blocks that stay in the cache between the steps.
 WHOLE, LONG = 8192, 1024
 BLOCK = 2**21
-# Columns of such a matrix that are computed at a time: fewer compute more slowly, more compute more twice.
+# Columns of such a matrix that are computed at a time: narrower panels multiply more slowly, wider ones compute more
+# entries twice.
 PANEL = 128
-# Columns of which the maximum is taken before any is sorted.
+# Columns per run: only the runs with the largest maxima are sorted.
 RUN = 64
 # Squares and products of float32 norms within these bounds neither overflow nor vanish.
 SAFE_NORMS = (1e-15, 1e15)

@@ -50,10 +50,15 @@ def save_picture(ax: Axes, path: str | Path) -> None:
     Raises:
         ValueError: for a name that is no PNG's; OSError: if it cannot be written.
     """
-    if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"{path}: the picture is a PNG: give a name that ends in .png")
+    check_png(path)
     buffer = io.BytesIO()
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes(path, buffer.getvalue())
+
+
+def check_png(path: str | Path) -> None:
+    """Raises ValueError for a name that is no PNG's."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{path}: the picture is a PNG: give a name that ends in .png")

@@ -79,7 +79,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     plan = _plan(path, header["plan"])
     narrowed = header["narrowed"]
     if not isinstance(narrowed, list) or not all(isinstance(name, str) for name in narrowed):
-        raise ValueError(f"{path}: its header is damaged: get it anew")
+        raise _damaged(path)
     if model is None:
         model = _built(path, header["built_in"], plan, narrowed, tensors)
         model.to_empty(device="cpu")
@@ -160,7 +160,7 @@ def _take_shape(
 
 
 def _unsaved(model: nn.Module) -> dict[str, Tensor]:
-    """The floating-point buffers that no state dict has: a model that was made smaller computes with them so too."""
+    """Floating-point buffers that the state dict lacks: their precision, once chosen, matters all the same."""
     saved = model.state_dict().keys()
     return {name: b for name, b in model.named_buffers() if name not in saved and b.is_floating_point()}
 
@@ -218,7 +218,7 @@ def _header(path: str | Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
         structure = {key: header[key] for key in keys[: 3 if version < 3 else 4]}
         expected = header["sha256"]
     except (KeyError, TypeError, json.JSONDecodeError, RecursionError):
-        raise ValueError(f"{path}: its header is damaged: get it anew") from None
+        raise _damaged(path) from None
     if expected != checksum(structure, tensors):
         raise ValueError(f"{path}: its contents do not match their checksum: the file was altered; get it anew")
     if version == 1:  # which knew one class
@@ -226,13 +226,17 @@ def _header(path: str | Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
         structure["built_in"] = arguments and {"class": "CifarResNet", "arguments": arguments}
     structure.setdefault("unsaved", {})
     if not isinstance(structure["unsaved"], dict):
-        raise ValueError(f"{path}: its header is damaged: get it anew")
+        raise _damaged(path)
     return structure
+
+
+def _damaged(path: str | Path) -> ValueError:
+    return ValueError(f"{path}: its header is damaged: get it anew")
 
 
 def _plan(path: str | Path, data: Any) -> PruningPlan:
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: its header is damaged: get it anew")
+        raise _damaged(path)
     try:
         return PruningPlan.from_json(json.dumps(data))
     except ValueError as error:
@@ -320,6 +324,6 @@ def _built(
         with torch.device("meta"):
             model = made(**arguments)
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{path}: its header is damaged: get it anew") from None
+        raise _damaged(path) from None
     _take_shape(model, path, plan, narrowed, tensors)
     return model

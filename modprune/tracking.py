@@ -32,10 +32,9 @@ def trackers(names: Sequence[str], folder: Path, arguments: Mapping[str, Any]) -
     """
     check_names(names)
     running = [_started(name, folder, arguments) for name in names]
-    table = Metrics(folder / "metrics.csv")
 
     def tell(epoch: Epoch) -> None:
-        table(epoch)
+        add_row(folder / "metrics.csv", epoch)
         for tracker in running:
             tracker.log(
                 {name: v for name, v in asdict(epoch).items() if name != "epoch" and v is not None}, epoch.epoch
@@ -75,16 +74,10 @@ def read_metrics(path: Path) -> list[Epoch]:
         ]
 
 
-class Metrics:
-    """Keeps a CSV file of the epochs as they end; rows of an interrupted run that are made anew are replaced."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, epoch: Epoch) -> None:
-        """Add a row."""
-        rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
-        rows = [row for row in rows if int(row.split(",")[0]) < epoch.epoch]
-        new = asdict(epoch)
-        row = ",".join("" if value is None else str(value) for value in new.values())
-        write_text(self.path, "\n".join([",".join(new), *rows, row]) + "\n")
+def add_row(path: Path, epoch: Epoch) -> None:
+    """Add an epoch to a `metrics.csv`; rows of an interrupted run that are made anew are replaced."""
+    rows = path.read_text().splitlines()[1:] if path.exists() else []
+    rows = [row for row in rows if int(row.split(",")[0]) < epoch.epoch]
+    new = asdict(epoch)
+    row = ",".join("" if value is None else str(value) for value in new.values())
+    write_text(path, "\n".join([",".join(new), *rows, row]) + "\n")

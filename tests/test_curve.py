@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from modprune.curve import ModularityCurve, modularity_curve
 from modprune.data import ImageLoader, cifar10
-from modprune.features import LayerGrams, draw
+from modprune.features import LayerGrams, draw_samples
 from modprune.graph import modularity
 from modprune.models import resnet20
 from modprune.store import load_weights
@@ -107,7 +107,7 @@ def test_a_budget_for_the_products_alone_is_refused():
 def test_features_stay_below_the_budget():
     budget = 4 * 64 * (1024 + 2 * 64)
     grams = LayerGrams(network(), ("layer3.0", "conv1", "layer2.0"), budget)  # the first pass is the smallest
-    for sample in draw(loader(64), 64, 1):
+    for sample in draw_samples(loader(64), 64, 1):
         arenas = {grams._arena.data_ptr(): grams._arena.numel() * 4 for _ in grams(sample)}
         assert len(arenas) == 1
         assert max(arenas.values()) <= budget
@@ -115,8 +115,8 @@ def test_features_stay_below_the_budget():
 
 def test_samples_are_disjoint_then_random_but_the_same_each_time():
     batches = loader(50)
-    sets = [torch.cat([x for x, _ in sample])[:, 0, 0, 0].tolist() for sample in draw(batches, 20, 4)]
-    again = [torch.cat([x for x, _ in sample])[:, 0, 0, 0].tolist() for sample in draw(batches, 20, 4)]
+    sets = [torch.cat([x for x, _ in sample])[:, 0, 0, 0].tolist() for sample in draw_samples(batches, 20, 4)]
+    again = [torch.cat([x for x, _ in sample])[:, 0, 0, 0].tolist() for sample in draw_samples(batches, 20, 4)]
     assert sets == again
     assert all(len(set(chosen)) == 20 for chosen in sets)
     assert not set(sets[0]) & set(sets[1])
@@ -126,14 +126,14 @@ def test_samples_are_disjoint_then_random_but_the_same_each_time():
 def test_no_more_is_read_than_is_asked_for():
     read: list[int] = []
     lazily = (batch for batch in loader(120, batch=10) if not read.append(1))
-    assert len(list(draw(lazily, 30, 2))) == 2
+    assert len(list(draw_samples(lazily, 30, 2))) == 2
     assert len(read) == 6
 
 
 def test_random_samples_come_in_batches_where_their_sizes_allow():
-    assert [len(labels) for _, labels in [*draw(loader(40, batch=10), 30, 2)][1]] == [10, 10, 10]
+    assert [len(labels) for _, labels in [*draw_samples(loader(40, batch=10), 30, 2)][1]] == [10, 10, 10]
     ragged = [(torch.ones(4, 3 + i), torch.arange(4)) for i in range(3)]
-    assert {len(labels) for _, labels in [*draw(ragged, 8, 2)][1]} == {1}
+    assert {len(labels) for _, labels in [*draw_samples(ragged, 8, 2)][1]} == {1}
 
 
 @pytest.mark.parametrize("sizes", [(8, 12), (12, 8)])
@@ -222,7 +222,7 @@ def test_q_rises_along_the_public_resnet20(cifar10_dir, checkpoint):
 
 def test_who_stops_reading_is_in_nobodys_context():
     model = network()
-    (sample,) = draw(loader(64), 64, 1)
+    (sample,) = draw_samples(loader(64), 64, 1)
     grams = LayerGrams(model, ("conv1", "layer1.0"))(sample)
     next(grams)
     assert torch.is_grad_enabled()

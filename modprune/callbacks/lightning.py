@@ -76,7 +76,7 @@ class PruningCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning's hook: likewise, of a training cut short."""
-        vars(trainer.strategy).pop("load_model_state_dict", None)
+        self.teardown(trainer, pl_module, "")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook: look at the network."""

@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from modprune._inputs import first_sample
 from modprune.curve import check_classes
-from modprune.features import GIB, LayerGrams, Sample, labels_of
-from modprune.features import draw as draw_samples
+from modprune.features import GIB, LayerGrams, Sample, draw_samples, labels_of
 from modprune.graph import check_k, feature_graph_from_gram, graph_modularity
 from modprune.studies.layers import layers_of
 from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, rank_correlation, style

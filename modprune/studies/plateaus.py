@@ -26,7 +26,7 @@ def plateaus(
     loader: Iterable[Any],
     train_loader: Iterable[Any],
     *,
-    cuts: Sequence[int] = (1, 2, 4, 8),
+    cuts: Sequence[int] = (1, 2, 4),
     epochs: int = 0,
     lr: float = 0.05,
     k: int = 3,

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from modprune._inputs import first_sample
 from modprune.curve import check_classes
-from modprune.features import GIB, LayerGrams, labels_of
-from modprune.features import draw as draw_samples
+from modprune.features import GIB, LayerGrams, draw_samples, labels_of
 from modprune.graph import FeatureGraph, feature_graph_from_gram, graph_modularity
 from modprune.studies.layers import layers_of
 from modprune.studies.study import INKS, MARKERS, Parts, Study, extra, panels, style

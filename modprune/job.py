@@ -95,21 +95,19 @@ def prune_job(
     with alone(out) if first else nullcontext():
         if resume and _check_same(out, arguments):
             if first:
-                shutil.rmtree(out / "checkpoints", ignore_errors=True)  # a kill may have left some
+                _drop_checkpoints(out)  # a kill may have left some
             return _report_anew(model, test, out)
         if not resume:
             check_empty(out / "checkpoints")
         example = torch.zeros(1, *train.images.shape[1:], device=device)
-        begun = resume and all((out / name).exists() for name in ("run.json", "plan.json"))
-        plan = PruningPlan.from_json(out / "plan.json") if begun else None
+        plan = _begun(out) if resume else None
         if plan is None:
             images = calibration(train, seed, device)
             scorer = fitted(criterion, images.samples)
             pruner = ModularityPruner(model, example, images, scorer, **budgets)  # type: ignore[arg-type]
             plan = pruner.plan()
             if first:
-                _begin(out, arguments, device)
-                _write_plan(pruner, out)
+                _begin(pruner, out, arguments, device)
         pruned = plan.apply(copy.deepcopy(model), example)
         if recipe is not None:
             loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device)
@@ -120,7 +118,7 @@ def prune_job(
             save(pruned, out / "model.safetensors")
             _write_report(report, plan, out)
             _describe(out, arguments, device, finished=True)
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            _drop_checkpoints(out)
         everyones(None)  # nobody goes on before the files are there
     return report
 
@@ -208,7 +206,18 @@ def _write_report(report: Report, plan: PruningPlan, out: Path) -> None:
     write_text(out / "report.md", f"# Pruned by {plan.criterion}\n\n{report.to_markdown()}\n{_story(plan)}{picture}")
 
 
-def _write_plan(pruner: ModularityPruner, out: Path) -> None:
+def _begun(out: Path) -> PruningPlan | None:
+    """The plan of the run that `out` holds; one that no run has made counts for nothing."""
+    made = all((out / name).exists() for name in ("run.json", "plan.json"))
+    return PruningPlan.from_json(out / "plan.json") if made else None
+
+
+def _begin(pruner: ModularityPruner, out: Path, arguments: dict[str, Any], device: torch.device) -> None:
+    """In the place of a run that may have been there; a kill at any moment leaves nothing of it to go on with."""
+    (out / "plan.json").unlink(missing_ok=True)
+    _describe(out, arguments, device)
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
     plan = pruner.plan()
     if pruner.scores is not None and pruner.scores.curve is not None:
         curve = pruner.scores.curve
@@ -217,12 +226,8 @@ def _write_plan(pruner: ModularityPruner, out: Path) -> None:
     plan.to_json(out / "plan.json")
 
 
-def _begin(out: Path, arguments: dict[str, Any], device: torch.device) -> None:
-    """In the place of a run that may have been there; a kill at any moment leaves nothing of it to go on with."""
-    (out / "plan.json").unlink(missing_ok=True)
-    _describe(out, arguments, device)
-    for name in RESULTS:
-        (out / name).unlink(missing_ok=True)
+def _drop_checkpoints(out: Path) -> None:
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 def _describe(out: Path, arguments: dict[str, Any], device: torch.device, finished: bool = False) -> None:

@@ -177,6 +177,37 @@ def test_errors_name_what_is_wrong(arguments, message):
         modularity_curve(network(), loader(120), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (lambda x: x.mean((1, 2, 3)), r"layer 0: output of shape \(2,\) has no row of features for each of 2 inputs"),
+        (lambda x: x[:1], r"layer 0: output of shape \(1, 3, 8, 8\) has no row"),
+        (lambda x: None, "layer 0: output of shape None has no row"),
+    ],
+)
+def test_a_layer_without_a_row_for_each_sample_is_named(shape, message):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return shape(x)
+
+    class Aside(nn.Sequential):
+        def forward(self, x):
+            self[0](x)
+            return self[1](x)
+
+    with pytest.raises(ValueError, match=message):
+        modularity_curve(Aside(Odd(), nn.Flatten()), loader(60), samples=60, repeats=1, layers=("0", "1"))
+
+
+def test_a_layer_that_is_not_called_once_is_named():
+    class Twice(nn.Sequential):
+        def forward(self, x):
+            return self[0](self[0](x))
+
+    with pytest.raises(ValueError, match="layer 0: not called once in a forward pass"):
+        modularity_curve(Twice(nn.Flatten()), loader(60), samples=60, repeats=1, layers=("0",))
+
+
 def test_a_layer_that_is_not_there_is_named_and_leaves_no_hook():
     model = network()
     with pytest.raises(ValueError, match="layer 'nope': CifarResNet has no such module"):

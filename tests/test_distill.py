@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from modprune.data import ImageLoader, digits
-from modprune.distill import CachedTeacher, distillation_loss
+from modprune.distill import CachedTeacher, distillation_loss, logits_of
 from modprune.models import CifarResNet
 
 DATA = digits(True).subset(torch.arange(256))
@@ -22,6 +22,13 @@ def test_the_loss_by_hand():
     assert distillation_loss(student, labels, teacher, 0.7, 2.0) == pytest.approx(by_hand.item(), rel=1e-5)
     assert distillation_loss(student, labels, None, 0.7, 2.0) == F.cross_entropy(student, labels)
     assert distillation_loss(teacher, None, teacher, 1.0, 2.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_what_nothing_can_be_learnt_from_is_named():
+    with pytest.raises(ValueError, match=r"the batches hold no labels: give .* or a teacher and distill=1"):
+        distillation_loss(torch.randn(5, 3), None, None, 0.7, 2.0)
+    with pytest.raises(ValueError, match="the model returned str, which holds no tensor to take as logits"):
+        logits_of("cat")
 
 
 def test_a_cached_teacher_answers_the_mean_of_what_it_has_said():

@@ -88,6 +88,31 @@ def test_what_stays_is_the_shortcut_and_comes_back_from_a_file(name, tmp_path):
     assert torch.equal(load(tmp_path / "m.safetensors", network(GOOD[name])).eval()(X), model(X))
 
 
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(8, 16, 1, 2)
+
+    def forward(self, x):
+        return self.one(x), self.other(x)
+
+
+class Paired(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = Pair()
+
+    def forward(self, x):
+        one, other = self.both(x)
+        return one + other
+
+
+def test_a_branch_that_one_module_makes_with_the_shortcut_is_refused():
+    model = network(None)
+    model[1] = Paired()
+    assert find_blocks(model, X).refused["1"] == "its branch has no parameters of its own"
+
+
 @pytest.mark.parametrize(
     ("join", "reason"),
     [

@@ -99,8 +99,8 @@ class Blocks(tuple[Block, ...]):
         """What keeps everything else."""
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
         return reasons or (
-            "no other module adds to its input (the first tensor it takes) as it is, and no other convolution above 1x1 "
-            "with a norm keeps the shape"
+            "no other module adds to its input (the first tensor it takes) as it is, and no other convolution "
+            "above 1x1 with a norm keeps the shape"
         )
 
 

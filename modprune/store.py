@@ -85,6 +85,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         model.to_empty(device="cpu")
         _fill(model, tensors)
         return model
+    if _bare(model) is not model:
+        raise ValueError(f"the model is wrapped in {type(model).__name__}: give what it wraps, then wrap it anew")
     check_filled(model)
     for candidate in (_copied(model), model):  # all that can fail fails on a copy, before the caller's is touched
         _take_shape(candidate, path, plan, narrowed, tensors)

@@ -175,11 +175,13 @@ def test_round_trip_of_a_network_from_elsewhere(tmp_path):
         load(tmp_path / "b.safetensors")
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
-def test_wrappers_are_not_saved(tmp_path, wrap):
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_wrappers_are_not_saved_or_filled(tmp_path, wrap):
     model = PruningPlan(REMOVE).apply(resnet20()).eval()
     save(wrap(model), tmp_path / "w.safetensors")
     assert torch.equal(load(tmp_path / "w.safetensors").eval()(X), model(X))
+    with pytest.raises(ValueError, match="the model is wrapped in .*: give what it wraps"):
+        load(tmp_path / "w.safetensors", wrap(resnet20()))
 
 
 def test_a_built_in_network_keeps_its_precision(tmp_path):

@@ -306,9 +306,12 @@ def _maker_of(
     return maker if _looks(again) == _looks(model) else None
 
 
-def _looks(model: nn.Module) -> list[str]:
-    """The modules as they print themselves, and where their classes are from: two may have one name."""
-    return [repr(model), *(f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules())]
+def _looks(model: nn.Module) -> list[tuple[str, ...]]:
+    """The modules by name: where their classes are from, for two may have one name, and what they print of themselves.
+
+    Not what the whole prints: shortcuts traced by torch.fx lose the name of their class as they are copied.
+    """
+    return [(name, type(m).__module__, type(m).__qualname__, m.extra_repr()) for name, m in model.named_modules()]
 
 
 def _built(

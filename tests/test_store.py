@@ -180,7 +180,7 @@ def test_wrappers_are_not_saved_or_filled(tmp_path, wrap):
     model = PruningPlan(REMOVE).apply(resnet20()).eval()
     save(wrap(model), tmp_path / "w.safetensors")
     assert torch.equal(load(tmp_path / "w.safetensors").eval()(X), model(X))
-    with pytest.raises(ValueError, match="the model is wrapped in .*: give what it wraps"):
+    with pytest.raises(ValueError, match=r"the model is wrapped in .*: give what it wraps"):
         load(tmp_path / "w.safetensors", wrap(resnet20()))
 
 

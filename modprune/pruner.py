@@ -165,7 +165,7 @@ class ModularityPruner:
             left = count_macs(trial, self.example_inputs) / totals[0], count_params(trial) / totals[1]
         except RuntimeError as error:
             problem = f"the model does not run on fewer channels ({first_line(error):.90})"
-            raise RuntimeError(f"width={width}: {problem}: give another fraction, or ignored_layers") from error
+            raise RuntimeError(f"width={width}: {problem}: give another fraction, ignored_layers, or none") from error
         return replace(plan, width=cuts, freed={**plan.freed, "flops": 1 - left[0], "params": 1 - left[1]})
 
 

@@ -24,12 +24,13 @@ class Means:
 
     def __init__(self, title: str, accelerator: Accelerator) -> None:
         self.title, self.accelerator = title, accelerator
-        self.pending: list[Tensor] = []
-        self.steps: list[list[float]] = []  # of each: sum of the losses, number of right answers, number of images
+        self.pending: list[tuple[Tensor, int]] = []
+        self.steps = 0
+        self.sums = [0.0, 0.0, 0.0]  # of the losses, of the right answers, of the images
 
     def add(self, loss: Tensor, right: Tensor, images: int) -> None:
         """A step of this process: its mean loss, and the share of right answers."""
-        self.pending.append(torch.stack([loss, right, torch.ones_like(loss)]) * images)
+        self.pending.append((torch.stack([loss, right]), images))
 
     @property
     def due(self) -> bool:
@@ -39,30 +40,31 @@ class Means:
         self._read()
         if not self.steps:
             raise ValueError(f"{self.title}: train_loader gives no batch any more: it has to give them every epoch")
-        losses, _, images = map(math.fsum, zip(*self.steps, strict=True))
-        return losses / images
+        return self.sums[0] / self.sums[2]
 
     def top1(self) -> float | None:
         """In percent; None without labels."""
         self._read()
-        _, right, images = map(math.fsum, zip(*self.steps, strict=True))
-        return 100 * right / images if math.isfinite(right) else None
+        top1 = 100 * self.sums[1] / self.sums[2]
+        return top1 if math.isfinite(top1) else None
 
     def state_dict(self) -> dict[str, Any]:
         self._read()
-        return {"steps": self.steps}
+        return {"steps": self.steps, "sums": self.sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
+        self.steps, self.sums = state["steps"], state["sums"]
 
     def _read(self) -> None:
-        new = self.accelerator.reduce(torch.stack(self.pending)).tolist() if self.pending else []
-        for step in new:
-            loss, _, images = step
+        if not self.pending:
+            return
+        means, images = zip(*self.pending, strict=True)
+        counts = torch.tensor(images).to(means[0])[:, None]
+        for loss, right, count in self.accelerator.reduce(torch.cat([torch.stack(means) * counts, counts], 1)).tolist():
+            self.steps += 1
             if not math.isfinite(loss):
-                number = len(self.steps) + 1
-                raise Diverged(f"{self.title}, step {number}: the loss is {loss / images}; try a lower lr")
-            self.steps.append(step)
+                raise Diverged(f"{self.title}, step {self.steps}: the loss is {loss / count}; try a lower lr")
+            self.sums = [total + more for total, more in zip(self.sums, (loss, right, count), strict=True)]
         self.pending.clear()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -78,11 +80,19 @@ def _options(
 
 
 def _png(value: Path | None) -> Path | None:
+    if value is not None:
+        with _usage():
+            check_png(value)
+    return to_write(value)
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """A value that the library refuses is wrong usage here."""
     try:
-        check_png(value or "none.png")
+        yield
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    return to_write(value)
 
 
 @app.command()
@@ -265,10 +275,8 @@ def _terminated(*_: object) -> None:
 def _check_budget(flops: float | None, params: float | None, count: int | None, latency: float | None) -> None:
     if flops is params is count is latency is None:
         raise typer.BadParameter("say how much to remove: --flops, --latency, --params or --blocks")
-    try:
+    with _usage():
         Budget(flops, params, count, latency)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def _write(path: Path | None, data: Any) -> None:

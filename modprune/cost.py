@@ -62,7 +62,7 @@ def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
     samples = batch_size(inputs)
     if samples == 0:
         raise ValueError("the example inputs hold no sample: give at least one")
-    counter, names = Flops(), {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     macs = dict.fromkeys(names.values(), 0)
 
     def change(module: nn.Module, sign: int) -> None:
@@ -72,7 +72,7 @@ def counted_macs(model: nn.Module, inputs: Any) -> Iterator[dict[str, int]]:
     # Hooks for all modules at once: to register one on each of hundreds takes longer than to call it.
     before = register_module_forward_pre_hook(lambda module, _: change(module, -1))
     after = register_module_forward_hook(lambda module, *_: change(module, 1))
-    with before, after, _visible_attention(), counter:
+    with before, after, counted_flops() as counter:
         yield macs
     for name in macs:
         macs[name] //= 2 * samples

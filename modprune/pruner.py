@@ -146,7 +146,8 @@ class ModularityPruner:
                 found = find_blocks(model, self.example_inputs)
                 blocks = Blocks([block for block in found if block.name in whole], found.refused)
         _check_met(self.budget, gone, totals)
-        chosen = [name for name in whole if any(name == candidate.name for candidate in gone)]
+        going = {candidate.name for candidate in gone}
+        chosen = [name for name in whole if name in going]
         freed = _freed(gone, totals)
         freed["params"] += tied_params(self.model, [whole[name] for name in chosen]) / totals[1]
         assert self.scores is not None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial, wraps
 from typing import Any
@@ -14,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modprune._inputs import arguments, call, evaluating, first_tensor, map_values, opened
+from modprune._inputs import arguments, call, evaluating, first_line, first_tensor, map_values, opened
+from modprune._state import state_kept
 
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
 SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
+FACTORS = ("MulBackward", "DivBackward")
 ACTIVATIONS = (
     *("Relu", "Hardtanh", "Gelu", "Silu", "Hardswish", "LeakyRelu", "Elu", "Mish", "Clamp", "Threshold", "Softplus"),
     *("PreluKernel", "RreluWithNoise", "Tanh", "Celu"),
@@ -34,8 +35,6 @@ NORMS = (
 # What a value is made from, as bits: parameters, the value that a walk starts from.
 _LEARNED, _FROM_START = 1, 2
 
-TORCHS_OWN = frozenset(vars(nn.Module()))
-
 Edge = tuple[Any, int]
 """A value in autograd's graph: the node that made it, and which of that node's outputs it is."""
 
@@ -44,61 +43,18 @@ Edge = tuple[Any, int]
 def traceable(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode with gradients for all it holds.
 
-    Modes, RNG state, `requires_grad` and buffers are restored, and so is every attribute in which a module has cached a
-    tensor that holds a graph: such a module could not be copied.
+    Modes, RNG state, `requires_grad`, buffers and attributes are restored: a module that has cached a tensor with a
+    graph could not be copied.
     """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    empty = [(m, name) for m in model.modules() for name, b in m._buffers.items() if b is None]
-    attributes = {module: _plain_attributes(module) for module in model.modules()}
     try:
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(model), state_kept(model):
             for parameter in frozen:
                 parameter.requires_grad_(True)
             yield model
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                new = module._buffers[name]  # which the pass has put there; one of another shape was cut inside
-                if new is not None and (new.shape == buffer.shape or differentiable_tensors(new)):
-                    module._buffers[name] = buffer
-                with suppress(NotImplementedError):  # sparse ones: none are compared, or written to in a pass
-                    if not torch.equal(buffer, value):  # a write, even of the same values, would spoil graphs it is in
-                        buffer.copy_(value)
-        for module, name in empty:
-            module._buffers[name] = None
-        for module, before in attributes.items():
-            _put_back(module, before)
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Attributes that are no part of torch's own state; dicts and lists as they are now."""
-    values = vars(module)
-    plain = {name: values[name] for name in values.keys() - TORCHS_OWN}
-    return {name: copy.copy(value) if type(value) in (dict, list) else value for name, value in plain.items()}
-
-
-def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
-    for name in vars(module).keys() - TORCHS_OWN:
-        value = vars(module)[name]
-        if value is before.get(name) or not differentiable_tensors(value):
-            continue
-        if name not in before:
-            delattr(module, name)
-        elif type(value) is type(before[name]) is dict:
-            value.clear()
-            value.update(before[name])
-        elif type(value) is type(before[name]) is list:
-            value[:] = before[name]
-        else:
-            setattr(module, name, before[name])
-
-
-def first_line(error: Exception) -> str:
-    """An error's message, cut to its first line; its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def edge(tensor: Tensor) -> Edge | None:
@@ -113,7 +69,7 @@ class Call:
     Attributes:
         x, start: the first tensor that went in, and where it stands in autograd's graph.
         end, shape: the same of the first tensor that came out; `end` is None if it depends on nothing.
-        form: "" if a tensor or a tuple came out, else the type's name.
+        form: "" if a tensor or a tuple came out, or a named one such as the first that went in; else the type's name.
         outputs: for each item of the tuple that came out, the argument that it is like by position; -1 for none.
         others: the ends of further items that came out and are like none.
         times: how often the module was called.
@@ -170,13 +126,13 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
 
     @_unseen
     def after(name: str, module: nn.Module, args: Any, out: Any) -> None:
-        y = first_tensor(out)
+        y = first_tensor(opened(out))
         if name in calls and y is not None and calls[name].end is None:
             seen = calls[name]
             seen.end, seen.outputs = edge(y), _sources(out, y, arguments(seen.args, seen.kwargs))
             apart = [item for item, i in zip(out, seen.outputs, strict=True) if i < 0] if seen.outputs else []
             seen.others = tuple(e for item in differentiable_tensors(apart) if item is not y and (e := edge(item)))
-            seen.shape, seen.form = y.shape, "" if isinstance(out, (Tensor, tuple)) else type(out).__name__
+            seen.shape, seen.form = y.shape, "" if _can_be_given(out, args) else type(out).__name__
 
     try:
         with ExitStack() as hooks, _SumsOutOfPlace():
@@ -189,6 +145,13 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
             return calls, call(model, map_values(_differentiable, inputs))
     except Exception as error:
         raise RuntimeError(f"{type(model).__name__} does not run on the example inputs: {first_line(error)}") from error
+
+
+def _can_be_given(out: Any, given: tuple[Any, ...]) -> bool:
+    """Whether a pass-through can give such an output."""
+    return (
+        isinstance(out, Tensor) or type(out) is tuple or (isinstance(out, tuple) and type(out) in map(type, given[:1]))
+    )
 
 
 def is_composite(module: nn.Module) -> bool:
@@ -204,11 +167,15 @@ def may_be_block(module: nn.Module) -> bool:
 def _sources(out: Any, first: Tensor, given: list[Any]) -> tuple[int, ...]:
     """For each item of a tuple the argument, not yet taken, that stands for it; -1 for none. Empty if no tuple.
 
-    One like it: for `first`, by which the block is known, and what was not computed; else one that lies behind it.
+    One like it: for `first`, by which the block is known, and what was not computed; else one that lies behind it. What
+    was not computed may be an argument's values once more.
     """
     sources: list[int] = []
     for item in out if isinstance(out, tuple) else ():
         free = [i for i in range(len(given)) if i not in sources and _is_like(item, given[i])]
+        if isinstance(item, Tensor) and edge(item) is None:
+            same = [i for i, value in enumerate(given) if _is_like(item, value) and torch.equal(item, value)]
+            free = [i for i in same if given[i] is item] or same or free
         if item is not first and isinstance(item, Tensor) and (end := edge(item)):
             free = [i for i in free if (start := edge(given[i])) and _leads(start, end)]
         sources.append(next(iter(free), -1))
@@ -284,10 +251,11 @@ def between(end: Any, start: Edge) -> set[Any]:
 
 def parameters(nodes: set[Any]) -> list[Tensor]:
     """The parameters among autograd nodes; other leaves are inputs."""
-    return [node.variable for node in nodes if _is_parameter(node)]
+    return [node.variable for node in nodes if is_parameter(node)]
 
 
-def _is_parameter(node: Any) -> bool:
+def is_parameter(node: Any) -> bool:
+    """Whether an autograd node is that of a parameter."""
     return isinstance(getattr(node, "variable", None), nn.Parameter)
 
 
@@ -334,7 +302,7 @@ def _making(node: Any, start: Edge, known: dict[Any, int]) -> int:
     stack = [node]
     while stack:
         here = stack[-1]
-        bits, unknown = known.get(here, _LEARNED if _is_parameter(here) else 0), []
+        bits, unknown = known.get(here, _LEARNED if is_parameter(here) else 0), []
         if not bits:
             for following in here.next_functions:
                 # Another output of the same node leads to that node's own inputs.
@@ -358,12 +326,13 @@ def _unscaled(node: Any) -> tuple[int, ...]:
 
 
 def last_sum(end: Any) -> Any:
-    """The node of the sum that ends a computation, but for activations and changes of layout; None if it is no sum.
+    """The node of the sum that ends a computation, but for activations, changes of layout and fixed factors; else None.
 
     Of two values as they are and of its own shape: in the place of the sum, a smaller one would not fit.
     """
     while (is_any(end, ACTIVATIONS + LAYOUT) and end.next_functions[0][0] is not None) or (
-        is_any(end, SUMS) and len(operands(end)) == 1  # of a number, as where RepVGG has no identity
+        # With a number, as where RepVGG has no identity or a sum is scaled, or with a buffer.
+        is_any(end, SUMS + FACTORS) and len(operands(end)) == 1
     ):
         end = operands(end)[0]
     if not is_any(end, SUMS) or _unscaled(end) != (0, 1) or len(operands(end)) != 2:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from modprune._autograd import differentiable_tensors, first_line, traceable
-from modprune._inputs import call, device_of, opened, to_device
+from modprune._autograd import differentiable_tensors, traceable
+from modprune._inputs import call, device_of, first_line, opened, to_device
 
 Cut = tuple[str, tuple[int, ...]]
 """A layer by its name and those of its output channels that go."""
@@ -29,7 +29,7 @@ def dependency_graph(model: nn.Module, example_inputs: Any) -> Any:
     import torch_pruning
 
     inputs = to_device(example_inputs, device_of(model))
-    with _visited(model), _odd_reshapes_unmapped():
+    with _visited(model), traceable(model), _odd_reshapes_unmapped():
         return torch_pruning.DependencyGraph().build_dependency(
             model, inputs, forward_fn=call, output_transform=_differentiable
         )
@@ -47,13 +47,14 @@ def prune_channels(model: nn.Module, example_inputs: Any, ratio: float, layers: 
 
     inputs = to_device(example_inputs, device_of(model))
     ignored = [m for m in model.modules() if m not in layers and not any(True for _ in m.children())]
-    with _forms_kept(model), _visited(model), _odd_reshapes_unmapped():
-        pruner = torch_pruning.pruner.BasePruner(
-            model, inputs, torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio,
-            ignored_layers=ignored, forward_fn=call, output_transform=_differentiable,
-            # its defaults are dicts that every pruner shares
-            in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
-        )  # fmt: skip
+    with _forms_kept(model), _visited(model):
+        with traceable(model), _odd_reshapes_unmapped():
+            pruner = torch_pruning.pruner.BasePruner(
+                model, inputs, torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio,
+                ignored_layers=ignored, forward_fn=call, output_transform=_differentiable,
+                # its defaults are dicts that every pruner shares
+                in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
+            )  # fmt: skip
         pruner.step()
     return [(name, tuple(sorted(int(i) for i in channels))) for name, _, channels in pruner.pruning_history()]
 
@@ -77,7 +78,7 @@ def _differentiable(output: Any) -> list[Any]:
 def _visited(model: nn.Module) -> Iterator[None]:
     """What torch-pruning does to a model beyond its task is undone, its warnings are not heard, its errors one line."""
     hooks = {module: set(module._forward_hooks) for module in model.modules()}
-    with traceable(model), warnings.catch_warnings():
+    with torch.inference_mode(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch-pruning's own, about parameters it does not know
         try:
             yield
@@ -112,10 +113,7 @@ def _odd_reshapes_unmapped() -> Iterator[None]:
 
 @contextmanager
 def _forms_kept(model: nn.Module) -> Iterator[None]:
-    """Parameters that torch-pruning replaces keep `requires_grad` and channels_last, which it forgets.
-
-    Outside of `_visited`, inside which none is frozen.
-    """
+    """Parameters that torch-pruning replaces keep `requires_grad` and channels_last, which it forgets."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     last = {n for n, p in model.named_parameters() if p.ndim == 4 and not p.is_contiguous()}
     yield

@@ -24,13 +24,28 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """`model(inputs)`, with a tuple spread over positional and a mapping over keyword arguments.
 
     On copies: a model may write into what it is given, and the same samples go into it again.
+
+    Raises:
+        RuntimeError: for errors of other kinds than ValueError, RuntimeError and OSError; one line.
     """
     inputs = map_values(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+    try:
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs)
+        return model(inputs)
+    except (ValueError, RuntimeError, OSError):
+        raise
+    except Exception as error:
+        hint = "; of a dict all but 'labels' are its arguments" if isinstance(inputs, Mapping) else ""
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise RuntimeError(f"{type(model).__name__} fails on its inputs with {what}{hint}") from error
+
+
+def first_line(error: Exception) -> str:
+    """An error's message, cut to its first line; its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +12,14 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modprune._autograd import TORCHS_OWN, first_line
-from modprune._inputs import evaluating, map_values
+from modprune._inputs import evaluating, first_line, map_values
+from modprune._state import attributes_kept
 from modprune.cost import counted_flops
 
 MARK = "modprune_kind"
 # What a shortcut may pass through in a traced block; the autograd names in `_autograd` say the same of a run one.
 _SUMS = ("add", "iadd", "add_")
+_FACTORS = ("mul", "imul", "mul_", "truediv", "itruediv", "div", "div_")
 _SILENT = (
     *("relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "softplus"),
     *("view", "reshape", "flatten", "permute", "transpose", "swapaxes", "contiguous", "roll"),
@@ -43,7 +42,7 @@ def shortcut_only(block: nn.Module) -> fx.GraphModule:
     Raises:
         ValueError: if torch.fx cannot trace the block or it does not end in a sum of two values made from its input.
     """
-    with _attributes_kept(block):
+    with attributes_kept(block):
         graph, total, side = _shortcut(block)
         total.replace_all_uses_with(side)
         kept = _lean(block, graph)
@@ -63,7 +62,7 @@ def traced_and_run(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, 
         ValueError: as `shortcut_only`.
     """
     again, kwagain = map_values(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
-    with _attributes_kept(block):
+    with attributes_kept(block):
         graph, _, side = _shortcut(block)
         with graph.inserting_after(side):
             noted = graph.call_method("clone", (side,))
@@ -83,25 +82,6 @@ def _lean(block: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     whole = fx.GraphModule(block, graph)
     whole.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target is not torch._assert)
     return fx.GraphModule(whole, whole.graph, class_name=type(block).__name__)  # copies what the graph names
-
-
-@contextmanager
-def _attributes_kept(block: nn.Module) -> Iterator[None]:
-    """What the trace of a block leaves in it goes again: constants, and in notes of its own what stands for a value."""
-    own = [
-        (module, {name: vars(module)[name] for name in vars(module).keys() - TORCHS_OWN}) for module in block.modules()
-    ]
-    contents = [(held, copy.copy(held)) for _, values in own for held in values.values() if type(held) in (dict, list)]
-    try:
-        yield
-    finally:
-        for module, values in own:
-            for name in vars(module).keys() - TORCHS_OWN - values.keys():
-                delattr(module, name)
-            vars(module).update(values)
-        for held, before in contents:
-            held.clear()
-            held.update(before) if isinstance(held, dict) else held.extend(before)
 
 
 def set_lasting(module: nn.Module, values: dict[str, Any]) -> None:
@@ -132,7 +112,7 @@ def _is_plain(value: Any) -> bool:
 
 def shortcut_parameters(block: nn.Module) -> set[int]:
     """The parameters, by `id`, that `shortcut_only` would keep; its errors."""
-    with _attributes_kept(block):
+    with attributes_kept(block):
         graph, total, side = _shortcut(block)
         return set(_params_of(_behind(side) | (_behind(_output(graph)) - _behind(total)), block))
 
@@ -143,7 +123,7 @@ def traced_kind(block: nn.Module) -> str:
     Raises:
         ValueError: if torch.fx cannot trace the block.
     """
-    with _attributes_kept(block):
+    with attributes_kept(block):
         kinds = [
             "identity" if _has_identity_path(graph, block) else "transition" if _last_sum(graph, block)[0] else ""
             for graph in _graphs(block)
@@ -158,7 +138,7 @@ def traced_outputs(block: nn.Module) -> tuple[int, ...]:
         ValueError: if the block gives back something besides that is made in it, which others may use.
     """
     try:
-        with _attributes_kept(block):
+        with attributes_kept(block):
             graph = next(_graphs(block))
     except ValueError:
         return ()  # most blocks that torch.fx cannot trace give a tensor; with example inputs there is no guess
@@ -188,7 +168,14 @@ def _shortcut(block: nn.Module) -> tuple[fx.Graph, fx.Node, fx.Node]:
     raise ValueError("its output is not shortcut(x) + branch(x)")
 
 
-class _Shallow(fx.Tracer):
+class _Deep(fx.Tracer):
+    """Looks down to torch's own layers, and into a decorated forward, whose arguments fx cannot tell."""
+
+    def create_args_for_root(self, root_fn: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().create_args_for_root(inspect.unwrap(root_fn), *args, **kwargs)
+
+
+class _Shallow(_Deep):
     """Looks into the block alone: what its sub-modules do inside is theirs, and often cannot be traced."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -200,7 +187,7 @@ def _graphs(block: nn.Module) -> Iterator[fx.Graph]:
     if "forward" in vars(block):
         raise ValueError("torch.fx cannot trace it (its forward is set on the module itself)")
     problems = []
-    for tracer in (_Shallow(autowrap_modules=()), fx.Tracer()):  # to wrap `math` takes as long as the trace
+    for tracer in (_Shallow(autowrap_modules=()), _Deep()):  # to wrap `math` takes as long as the trace
         try:
             with evaluating(block):  # in training a block may go other ways
                 graph = tracer.trace(block)
@@ -235,9 +222,9 @@ def _has_identity_path(graph: fx.Graph, block: nn.Module) -> bool:
 
 
 def _last_sum(graph: fx.Graph, block: nn.Module) -> tuple[fx.Node | None, list[fx.Node]]:
-    """The sum that ends the block, but for activations and changes of layout, and its operands, both made from x."""
+    """The sum that ends the block, but for what `last_sum` passes over too, and its operands, both made from x."""
     node = _output(graph)
-    while _is_silent(node, block):
+    while _is_silent(node, block) or _is_scaled(node, block):
         node = node.all_input_nodes[0]
     sides = _operands(node)
     return (node, sides) if sides and all(_input(graph) in _behind(side) for side in sides) else (None, [])
@@ -276,6 +263,15 @@ def _is_silent(node: fx.Node, block: nn.Module) -> bool:
     if node.op in ("call_function", "call_method") and _operation(node) in _SUMS:
         return sum(isinstance(side, fx.Node) for side in node.args) == 1 and not node.kwargs  # of a number
     return node.op in ("call_function", "call_method") and _operation(node) in _SILENT
+
+
+def _is_scaled(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a node is the first of its operands times or over something fixed."""
+    if node.op not in ("call_function", "call_method") or _operation(node) not in _FACTORS or node.kwargs:
+        return False
+    behind = [_behind(side) for side in node.args[1:] if isinstance(side, fx.Node)]
+    fixed = not any(_input(node.graph) in nodes or _params_of(nodes, block) for nodes in behind)
+    return isinstance(node.args[0], fx.Node) and fixed
 
 
 def _asks_for_mode(node: fx.Node) -> bool:

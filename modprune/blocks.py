@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, SupportsIndex, overload
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from modprune._autograd import (
     ACTIVATIONS,
@@ -25,6 +26,7 @@ from modprune._autograd import (
     edge,
     identity_path,
     is_any,
+    is_parameter,
     last_sum,
     may_be_block,
     operands,
@@ -199,8 +201,9 @@ def _residual(
         inside = set(seen.module.modules())
         inner = [other for other in (*found, *refused) if calls[other].module in inside]
         # On the path of an identity there are no transitions: those inside it are parts of its branch.
-        rivals = [calls[other] for other in inner if kind != "identity" or kinds[other] == "identity"]
-        if not _is_more_than(seen, kind, [call for call in rivals if not _is_sum_of(call, seen)], norms):
+        rivals = [other for other in inner if kind != "identity" or kinds[other] == "identity"]
+        rivals = [other for other in rivals if not _is_sum_of(calls[other], seen)]
+        if not _is_more_than(seen, kind, [(calls[other], kinds[other]) for other in rivals], norms):
             continue
         try:
             if reason := _obstacle(seen, uses, held):
@@ -234,23 +237,25 @@ def _checkpointed(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> dict[str
     }
 
 
-def _is_more_than(outer: Call, kind: str, inner: Sequence[Call], norms: Mapping[Edge, Edge]) -> bool:
+def _is_more_than(outer: Call, kind: str, inner: Sequence[tuple[Call, str]], norms: Mapping[Edge, Edge]) -> bool:
     """Whether a block with blocks in it is one of its own: it adds something itself, and a quarter of its parameters.
 
-    A stage adds nothing to its blocks. A layer of BERT adds an MLP to its attention, the one block in it.
+    A stage adds nothing to its blocks. A layer of BERT adds an MLP to its attention, the one block in it. Transitions
+    in a transition that adds something itself are on its sides, as layers with an adapter beside them are.
     """
     if not inner:
         return True
     assert outer.end is not None
     inside: set[Any] = set()
-    for call in inner:
+    for call, _ in inner:
         assert call.end is not None
         inside |= between(call.end[0], call.start) - {call.start[0]}
     if kind == "transition":
         adds = last_sum(outer.end[0]) not in inside
     else:
         adds = identity_path(outer.end, outer.start, norms, without=inside) == "branch"
-    return adds and 3 * sum(outer.own.values()) >= 4 * sum(size for call in inner for size in call.own.values())
+    sizes = [size for call, its in inner if its == "identity" for size in call.own.values()]
+    return adds and 3 * sum(outer.own.values()) >= 4 * sum(sizes)
 
 
 def _is_sum_of(inner: Call, outer: Call) -> bool:
@@ -278,10 +283,9 @@ def _held(model: nn.Module) -> dict[nn.Module, str]:
     held: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            items = [part for item in items for part in (item if isinstance(item, (list, tuple)) else [item])]
-            if attribute != "_modules":
-                held |= {item: f"{name}.{attribute}".lstrip(".") for item in items if isinstance(item, nn.Module)}
+            if attribute != "_modules" and not isinstance(value, nn.Module):
+                inside = [item for item in tree_leaves(value) if isinstance(item, nn.Module)]
+                held |= dict.fromkeys(inside, f"{name}.{attribute}".lstrip("."))
     return held
 
 
@@ -331,25 +335,20 @@ def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) 
             after = uses.get(norm.end[0], set())
             if len(after) == 1 and all(is_any(node, ACTIVATIONS) for node in after):
                 if conv.end[0] in around:
-                    refused[name] = "a shortcut outside of any sub-module leads around it"
+                    refused[name] = "a shortcut leads around it, in no module that gives back shortcut(x) + branch(x)"
                 else:
                     found[name] = "plain", _Shortcut()
     return found, refused
 
 
 def _passed_by(uses: dict[Any, set[Any]]) -> set[Any]:
-    """The autograd nodes on one side alone of a sum whose sides are both made from the model's inputs."""
+    """The autograd nodes on one side alone of a sum whose sides are both made from one value that is no parameter."""
     around: set[Any] = set()
     for node in {node for following in uses.values() for node in following if is_any(node, SUMS)}:
         sides = [between(side, (None, 0)) for side in operands(node)]
-        computed = [side for side in sides if any(_is_input(node) for node in side)]
-        if len(computed) == 2:
-            around |= computed[0] ^ computed[1]
+        if len(sides) == 2 and any(not is_parameter(node) for node in sides[0] & sides[1]):
+            around |= sides[0] ^ sides[1]
     return around
-
-
-def _is_input(node: Any) -> bool:
-    return hasattr(node, "variable") and not isinstance(node.variable, nn.Parameter)
 
 
 def _describe(

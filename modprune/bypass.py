@@ -12,7 +12,10 @@ from modprune._inputs import arguments, first_tensor, like
 from modprune._trace import MARK, notes, set_lasting, shortcut_only
 
 WHOLE = "modprune_nested_when_whole"
-LISTENERS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+LISTENERS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 
 
 class PassThrough(nn.Module):
@@ -64,14 +67,21 @@ class Copy(nn.Module):
 def stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) -> dict[str, nn.Module]:
     """What takes the place of a block and, of a plain unit, of the norm and activation after it; by name.
 
-    Forward hooks hear from it as they did from the block: a network may read its features through them.
+    Forward hooks hear from it as they did from the block: a network may read or change its features through them. Those
+    by which `torch.nn.utils` computes weights go with the weights.
     """
     new = _stand_ins(model, name, kind, outputs)
     for part, module in new.items():
         original = model.get_submodule(part)
         module.training = original.training
-        set_lasting(module, {listeners: getattr(original, listeners) for listeners in LISTENERS})
+        set_lasting(module, {listeners: _listening(getattr(original, listeners)) for listeners in LISTENERS})
     return new
+
+
+def _listening(hooks: dict[int, Any]) -> dict[int, Any]:
+    """The very same hooks, so that their handles remove them here too; without those that compute a weight."""
+    staying = {key: hook for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")}
+    return hooks if len(staying) == len(hooks) else type(hooks)(staying)
 
 
 def _stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) -> dict[str, nn.Module]:

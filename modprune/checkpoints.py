@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from modprune._autograd import first_line
+from modprune._inputs import first_line
 from modprune._processes import everyones
 
 PREFIX = "epoch-"
@@ -94,7 +94,8 @@ def check_writable(folder: Path) -> None:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"{folder}: cannot be written ({error.strerror}); give a folder that can") from None
+        problem = "it is a file" if folder.is_file() else error.strerror
+        raise OSError(f"{folder}: cannot be written ({problem}); give a folder that can") from None
 
 
 def check_empty(folder: Path) -> None:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from modprune._autograd import first_line
-from modprune._inputs import call, device_of, modes_kept, split_batch, to_device
+from modprune._inputs import call, device_of, first_line, modes_kept, split_batch, to_device
 from modprune._means import Diverged, Means, share_right
 from modprune._processes import everyones, from_first, meet, place
 from modprune._random import from_batch, own_state, random_state, set_own_state

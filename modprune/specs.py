@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from modprune._autograd import first_line
+from modprune._inputs import first_line
 from modprune.data import ImageData, cifar10, cifar100, digits
 from modprune.models import MODELS
 

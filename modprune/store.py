@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from modprune._autograd import first_line
 from modprune._files import write_bytes
+from modprune._inputs import first_line
 from modprune.blocks import check_filled
 from modprune.models import CifarResNet, CifarResNet18, CifarVGG
 from modprune.plan import PruningPlan
@@ -40,11 +40,13 @@ def save(model: nn.Module, path: str | Path) -> None:
     Raises:
         OSError: if the file cannot be written; ValueError: for a state that is no tensor, or none for safetensors.
     """
-    model = _bare(model)
+    model = bare(model)
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name}: a {type(value).__name__} in the state dict, and the file holds tensors alone")
+        if hasattr(value, "device_mesh"):
+            raise ValueError(f"{name}: sharded over devices (FSDP): save a model that holds the whole state dict")
         if value.layout != torch.strided or value.is_quantized or value.dtype in (torch.complex128, torch.complex32):
             raise ValueError(f"{name}: {value.layout} of {value.dtype}, which safetensors cannot hold")
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
@@ -85,7 +87,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         model.to_empty(device="cpu")
         _fill(model, tensors)
         return model
-    if _bare(model) is not model:
+    if bare(model) is not model:
         raise ValueError(f"the model is wrapped in {type(model).__name__}: give what it wraps, then wrap it anew")
     check_filled(model)
     for candidate in (_copied(model), model):  # all that can fail fails on a copy, before the caller's is touched
@@ -94,6 +96,17 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         for name, buffer in _unsaved(candidate).items():
             buffer.data = buffer.data.to(FLOATS.get(header["unsaved"].get(name), buffer.dtype))
     return model
+
+
+def is_plain(path: str | Path) -> bool:
+    """Whether a file holds weights that are not by `save`; False where it cannot be read, for `load` to say why."""
+    if Path(path).suffix != ".safetensors":
+        return Path(path).is_file()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return "modprune" not in (file.metadata() or {})
+    except Exception:  # safetensors raises a class of its own
+        return False
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -141,8 +154,9 @@ def _copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except RuntimeError as error:
         raise ValueError(
-            f"the {type(model).__name__} given cannot be copied ({first_line(error):.80}): with "
-            "torch.nn.utils.parametrizations in the place of hooks such as weight_norm it can"
+            f"the {type(model).__name__} given cannot be copied ({first_line(error):.80}): it can with "
+            "torch.nn.utils.parametrizations in the place of hooks such as weight_norm, and without masks of "
+            "torch.nn.utils.prune (prune.remove makes them last)"
         ) from None
 
 
@@ -245,11 +259,12 @@ def _plan(path: str | Path, data: Any) -> PruningPlan:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """The user's own module inside torch.compile's and the parallel wrappers, which put prefixes before all names."""
+def bare(model: nn.Module) -> nn.Module:
+    """The user's own module inside the wrappers of torch.compile, for several devices and for averages of weights."""
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
-            model = model.module
+        averaged = isinstance(model, AveragedModel) or type(model).__module__ == "timm.utils.model_ema"
+        if averaged or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.get_submodule("module")
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,59 +109,6 @@ def test_a_sum_in_place_into_a_view_is_seen_and_done():
     assert find_blocks(model, x).names == ("1",)
     assert identity_path(seen.end, seen.start, {}) == "branch"
     assert torch.equal(output, model(x))
-
-
-class Caching(nn.Linear):
-    """Keeps what it makes in its first pass, in every way that modules do."""
-
-    def __init__(self) -> None:
-        super().__init__(2, 2)
-        self.by_device, self.history, self.last, self.passes = {"old": 1}, [], None, 0
-
-    def forward(self, x):
-        self.by_device["cpu"] = self.weight * 2
-        self.history.append(self.weight * 2)
-        self.last = self.extra = self.weight * 2
-        self.passes += 1
-        return super().forward(x)
-
-
-def test_what_a_module_caches_in_a_traced_pass_does_not_stay():
-    model = Caching()
-    by_device, history = model.by_device, model.history
-    with traceable(model):
-        model(torch.ones(1, 2))
-    copy.deepcopy(model)
-    assert model.by_device is by_device
-    assert model.history is history
-    assert (by_device, history, model.last, hasattr(model, "extra")) == ({"old": 1}, [], None, False)
-    assert model.passes == 1  # a number holds on to nothing; sizes that change inside are meant to
-
-
-def test_a_buffer_that_a_pass_replaced_is_back():
-    class Replaces(nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(2, 2)
-            self.register_buffer("last", torch.zeros(2))
-
-        def forward(self, x):
-            self.last = super().forward(x).mean(0)
-            return self.last
-
-    model = Replaces()
-    buffer = model.last
-    with traceable(model):
-        model(torch.ones(1, 2))
-    assert model.last is buffer
-    copy.deepcopy(model)
-
-
-def test_a_buffer_is_not_written_to_if_nothing_changed_it():
-    model = Noisy()
-    version = model.calls._version
-    with traceable(model):
-        pass
-    assert model.calls._version == version
 
 
 def test_tensors_of_an_output_are_found_in_any_form():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 import torch.utils.checkpoint
 from torch import nn
 from torchvision.models import resnet18
@@ -460,3 +461,148 @@ def test_a_transition_beside_it_does_not_hide_that_a_network_looks_at_a_block(ot
     with pytest.raises(RuntimeError, match="some part of the network looks at them"):
         PruningPlan(("net.layer2.1", *others)).apply(model, torch.randn(2, 3, 32, 32))
     assert isinstance(model.net.layer2[1], type(resnet18().layer2[1]))
+
+
+class Grabbed(Net):
+    """Reads what goes into a block through a hook before it."""
+
+    def __init__(self) -> None:
+        super().__init__(*(Residual() for _ in range(3)))
+        self.blocks[1].register_forward_pre_hook(lambda _, given: setattr(self, "seen", given[0]))
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x + self.seen.mean()
+
+
+def test_hooks_before_a_block_go_on_and_change_what_passes():
+    model, halved = Grabbed().eval(), Net(Residual(), Residual()).eval()
+    halved.blocks[1].register_forward_pre_hook(lambda _, given: (given[0] / 2,))
+    for network in (model, halved):
+        expected = without_branch(network, "blocks.1", X)
+        PruningPlan(("blocks.1",)).apply(network, X)
+        torch.testing.assert_close(network(X), expected)
+
+
+def test_hooks_that_compute_weights_go_with_them():
+    unit = Unit(8, 8)
+    nn.utils.prune.random_unstructured(unit[0], "weight", 0.5)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), unit, nn.Conv2d(8, 4, 1)).eval()
+    heard = []
+    unit[0].register_forward_pre_hook(lambda *_: heard.append(1))
+    PruningPlan(("1.0",), ("plain",)).apply(model)
+    model(X)
+    assert heard == [1]
+
+
+class Aided(Residual):
+    """Gives a loss of its own back, which the network adds up in training alone."""
+
+    def forward(self, x):
+        branch = F.relu(self.norm(self.conv(x)))
+        return x + branch, branch.square().mean()
+
+
+class Summing(Net):
+    def forward(self, x):
+        x, loss = self.stem(x), 0
+        for block in self.blocks:
+            x, more = block(x)
+            loss = loss + more if self.training else loss
+        return self.head(x.mean((2, 3))), loss
+
+
+def test_a_network_that_would_fail_in_training_alone_stays_as_it_was():
+    model = Summing(Aided(), Aided())
+    state, blocks = copy.deepcopy(model.state_dict()), list(model.blocks)
+    with pytest.raises(RuntimeError, match=r"removing blocks\.0 failed: in training mode, .*; the model is as it was"):
+        PruningPlan(("blocks.0",)).apply(model, X)
+    assert list(model.blocks) == blocks
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Texts(nn.Module):
+    """Its inputs are no numbers that gradients reach; its shortcuts stand in its own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 4)
+        self.units = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(8, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU()) for _ in range(3)
+        )
+
+    def forward(self, ids):
+        x = self.units[0](self.embed(ids).mT)
+        for unit in self.units[1:]:
+            x = x + unit(x)
+        return self.head(x.mean(2))
+
+
+def test_shortcuts_around_units_are_seen_behind_an_embedding():
+    blocks = find_blocks(Texts(), torch.randint(20, (2, 6)))
+    assert blocks.names == ("units.0.0",)
+    assert set(blocks.refused) == {"units.1.0", "units.2.0"}
+
+
+class Memorizing(Residual):
+    def forward(self, x, memory):
+        return super().forward(x), x.detach()
+
+
+class Remembered(Net):
+    """As Transformer-XL keeps what went into each layer."""
+
+    def forward(self, x):
+        x, self.memories = self.stem(x), []
+        given = torch.zeros_like(x)
+        for block in self.blocks:
+            x, memory = block(x, given)
+            self.memories.append(memory)
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_is_given_back_again_is_the_argument_of_its_values():
+    model = Remembered(Memorizing(), Memorizing()).eval()
+    assert find_blocks(model, X)[1].outputs == (0, 0)
+    PruningPlan(("blocks.1",)).apply(model, X)
+    model(X)
+    assert torch.equal(model.memories[1], model.blocks[0](model.stem(X), X)[0])
+
+
+def test_a_dataclass_that_a_block_gives_back_is_named():
+    class Answering(Residual):
+        def forward(self, x):
+            return Answer(super().forward(x))
+
+    class Opening(Net):
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x).logits
+            return self.head(x.mean((2, 3)))
+
+    assert find_blocks(Opening(Answering()), X).refused == {
+        "blocks.0": "it gives back a Answer, neither a tensor nor a tuple"
+    }
+
+
+class Adapted(nn.Module):
+    """A layer with one of low rank beside it, as LoRA has it."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base, self.up = base, nn.Conv2d(2, base.out_channels, 1, bias=False)
+        self.down = nn.Conv2d(base.in_channels, 2, base.kernel_size, base.stride, base.padding, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_adapters_beside_layers_are_no_shortcuts():
+    model = resnet18(num_classes=4)
+    example = torch.zeros(1, 3, 32, 32)
+    expected = find_blocks(model, example).names
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Conv2d) and name.startswith("layer"):
+            model.set_submodule(name, Adapted(layer))
+    assert find_blocks(model, example).names == expected

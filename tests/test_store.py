@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from timm.utils import ModelEmaV3
 
 from modprune.blocks import find_blocks
 from modprune.models import MODELS, CifarResNet, CifarVGG, resnet18, resnet20, resnet56, vgg11_bn
@@ -175,7 +176,9 @@ def test_round_trip_of_a_network_from_elsewhere(tmp_path):
         load(tmp_path / "b.safetensors")
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel, ModelEmaV3]
+)
 def test_wrappers_are_not_saved_or_filled(tmp_path, wrap):
     model = PruningPlan(REMOVE).apply(resnet20()).eval()
     save(wrap(model), tmp_path / "w.safetensors")

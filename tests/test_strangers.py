@@ -17,6 +17,7 @@ from modprune import (
     PruningPlan,
     compare,
     count_macs,
+    evaluate,
     find_blocks,
     finetune,
     load,
@@ -325,12 +326,13 @@ def test_ignored_layers_keep_a_plain_unit_by_its_norm():
         assert pruner.plan().remove == (gone,)
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("layer", "gates"), [(nn.LSTM, 4), (nn.GRU, 3)])
-def test_recurrent_layers_count(layer, gates):
+def test_recurrent_layers_count(layer, gates, bias):
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = layer(8, 8, batch_first=True)
+            self.layer = layer(8, 8, bias=bias, batch_first=True)
 
         def forward(self, x):
             return self.layer(x)[0]
@@ -484,3 +486,42 @@ def test_some_of_the_blocks_are_blocks():
 def test_what_would_divide_by_zero_or_miss_a_key_is_named(act, message):
     with pytest.raises(ValueError, match=message):
         act()
+
+
+def test_a_block_in_a_list_of_lists_is_refused():
+    model = Net(Residual(), Residual())
+    model.stages = [("first", [(0, model.blocks[0])])]
+    blocks = find_blocks(model, X)
+    assert blocks.names == ("blocks.1",)
+    assert "the list stages holds it too" in blocks.refused["blocks.0"]
+
+
+Given = namedtuple("Given", "hidden attention")
+
+
+def test_a_named_tuple_is_given_back_only_in_the_place_of_one():
+    class Naming(Residual):
+        def forward(self, x):
+            return Given(super().forward(x), None)
+
+    class Reading(Net):
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x).hidden
+            return self.head(x.mean((2, 3)))
+
+    assert find_blocks(Reading(Naming()), X).refused == {
+        "blocks.0": "it gives back a Given, neither a tensor nor a tuple"
+    }
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [{"x": X, "label": torch.zeros(2)}, ((X, X), torch.zeros(2).long())],
+)
+def test_a_batch_that_the_model_does_not_take_is_told(batch):
+    model = Net(Residual())
+    for work in (lambda: evaluate(model, [batch]), lambda: modularity_curve(model, [batch], 1, samples=2)):
+        with pytest.raises(RuntimeError, match=r"Net (fails on its inputs with TypeError|does not run)"):
+            work()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 
 import pytest
@@ -50,6 +51,20 @@ def padded(m, x):
     return y + F.pad(short, (0, 0, 0, 0, 0, y.size(1) - short.size(1)))
 
 
+def taking_more(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Transition):
+    @taking_more
+    def forward(self, x, **kwargs):
+        return self.branch(x) + self.shortcut(x)
+
+
 def network(join, kind=Transition) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(8, 8, 1), kind(join), nn.AdaptiveAvgPool2d(1)).eval()
@@ -62,13 +77,17 @@ GOOD = {
     "plus a number": lambda m, x: F.relu(m.branch(x) + m.shortcut(x) + 0),
     "constants": lambda m, x: m.branch(x) + F.avg_pool2d(x, 2).repeat(1, 2, 1, 1) * m.kernel * torch.tensor(0.5),
     "notes of its own": remembering,
+    "over a number": lambda m, x: m.act(m.branch(x) + m.shortcut(x)) / 2**0.5,
+    "times a buffer": lambda m, x: (m.branch(x) + m.shortcut(x)) * m.kernel,
+    "decorated": lambda m, x: m.branch(x) + m.shortcut(x),
     "a product of values": lambda m, x: m.branch(x) + (y := m.shortcut(x)) @ y.mT,
 }
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_what_stays_is_the_shortcut_and_comes_back_from_a_file(name, tmp_path):
-    model = network(GOOD[name])
+    kind = Decorated if name == "decorated" else Transition
+    model = network(GOOD[name], kind)
     with torch.no_grad():
         model(X)
     own, heard = set(vars(model[1])), list(model[1].heard)
@@ -85,7 +104,7 @@ def test_what_stays_is_the_shortcut_and_comes_back_from_a_file(name, tmp_path):
     assert (macs - count_macs(model, X), params - count_params(model)) == (block.macs, block.params)
     torch.testing.assert_close(model(X), expected(X))
     save(model, tmp_path / "m.safetensors")
-    assert torch.equal(load(tmp_path / "m.safetensors", network(GOOD[name])).eval()(X), model(X))
+    assert torch.equal(load(tmp_path / "m.safetensors", network(GOOD[name], kind)).eval()(X), model(X))
 
 
 class Pair(nn.Module):

@@ -1,0 +1,190 @@
+"""A model is as it was found, whatever it keeps, caches or counts in a forward pass."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict, deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from modprune import PruningPlan, find_blocks
+from modprune._autograd import traceable
+from modprune._state import state_kept
+from tests.test_strangers import Net, Residual
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Caching(nn.Linear):
+    """Keeps what it makes in its first pass, in every way that modules do."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.by_device, self.history, self.last, self.passes = {"old": 1}, [], None, 0
+
+    def forward(self, x):
+        self.by_device["cpu"] = self.weight * 2
+        self.history.append(self.weight * 2)
+        self.last = self.extra = self.weight * 2
+        self.passes += 1
+        return super().forward(x)
+
+
+def test_what_a_module_caches_in_a_pass_does_not_stay():
+    model = Caching()
+    by_device, history = model.by_device, model.history
+    with traceable(model):
+        model(torch.ones(1, 2))
+    copy.deepcopy(model)
+    assert model.by_device is by_device
+    assert model.history is history
+    assert (by_device, history, model.last, hasattr(model, "extra")) == ({"old": 1}, [], None, False)
+    assert model.passes == 0
+
+
+def test_a_buffer_that_a_pass_replaced_is_back():
+    class Replaces(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.register_buffer("last", torch.zeros(2))
+
+        def forward(self, x):
+            self.last = super().forward(x).mean(0)
+            return self.last
+
+    model = Replaces()
+    buffer = model.last
+    with traceable(model):
+        model(torch.ones(1, 2))
+    assert model.last is buffer
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("passes", [1, 0])
+def test_a_buffer_is_written_to_only_if_it_has_changed(passes):
+    model = nn.BatchNorm1d(2)
+    mean, version = model.running_mean.clone(), model.running_mean._version
+    with state_kept(model):
+        for _ in range(passes):
+            model(torch.randn(4, 2))
+    assert torch.equal(model.running_mean, mean)
+    assert (model.running_mean._version == version) == (passes == 0)
+
+
+class Storing(Net):
+    """Keeps its feature in a container of its caller's choice."""
+
+    def __init__(self, store, keep) -> None:
+        super().__init__(Residual(), Residual())
+        self.store, self.keep = store, keep
+
+    def forward(self, x):
+        self.keep(self.store, self.stem(x))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("store", "keep"),
+    [
+        (OrderedDict(a=1), lambda store, x: store.update(x=x)),
+        (defaultdict(list), lambda store, x: store["x"].append(x)),
+        (deque([1], maxlen=2), lambda store, x: store.append(x)),
+        ({"a": ([],)}, lambda store, x: store["a"][0].append(x)),
+        (SimpleNamespace(x=None, all=[]), lambda store, x: (setattr(store, "x", x), store.all.append(x))),
+        ({1}, lambda store, x: store.add(x)),
+    ],
+)
+def test_every_container_holds_what_it_held(store, keep):
+    model, before = Storing(store, keep).eval(), copy.deepcopy(store)
+    find_blocks(model, X)
+    assert model.store is store
+    assert store == before
+    PruningPlan(("blocks.1",)).apply(copy.deepcopy(model), X)
+
+
+class Remembering(nn.Module):
+    """What it gives depends on what it was given before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.state = nn.Conv2d(8, 8, 1), None
+
+    def forward(self, x):
+        y = self.conv(x)
+        self.state = y if self.state is None else self.state / 2 + y
+        return x + torch.tanh(self.state)
+
+
+def test_a_network_with_a_memory_remembers_nothing_of_the_search_and_the_proof():
+    model = Net(Remembering(), Remembering(), Remembering()).eval()
+    expected = copy.deepcopy(model)
+    expected.blocks[1] = nn.Identity()
+    with torch.no_grad():
+        assert find_blocks(model, X).names == ("blocks.0", "blocks.1", "blocks.2")
+        PruningPlan(("blocks.1",)).apply(model, X)
+        assert torch.equal(model(X), expected(X))
+
+
+class Sized(nn.Module):
+    """Makes a table for the size of its input, in a buffer, and notes the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.size = nn.Conv2d(8, 8, 1), 4
+        self.register_buffer("table", torch.ones(4, 4))
+
+    def forward(self, x):
+        if x.shape[-1] != self.size:
+            self.size, self.table = x.shape[-1], torch.ones(x.shape[-1], x.shape[-1])
+        return x + self.conv(x) * self.table
+
+
+def test_a_table_and_the_note_of_its_size_come_back_together():
+    model = Net(Sized(), Sized())
+    find_blocks(model, X)
+    assert model.blocks[0].size == len(model.blocks[0].table) == 4
+    model(X[..., :4, :4])
+
+
+class Rescaling(Net):
+    """Changes its weights in its first pass in eval mode, as RWKV does, and notes that."""
+
+    def __init__(self) -> None:
+        super().__init__(Residual(), Residual())
+        self.rescaled = False
+
+    def forward(self, x):
+        if not self.training and not self.rescaled:
+            self.rescaled = True
+            with torch.no_grad():
+                self.head.weight /= 2
+        return super().forward(x)
+
+
+class Building(nn.Module):
+    """Makes its network when it is first used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None
+
+    def forward(self, x):
+        if self.net is None:
+            self.net = Net(Residual(), Residual())
+        return self.net(x)
+
+
+def test_a_network_that_has_changed_or_made_itself_knows_that_it_has():
+    model = Rescaling()
+    expected = copy.deepcopy(model).eval()(X)
+    find_blocks(model, X)
+    torch.testing.assert_close(model.eval()(X), expected)
+    building = Building().eval()
+    find_blocks(building, X)
+    built = building.net
+    PruningPlan(("net.blocks.0",)).apply(building, X)
+    building(X)
+    assert building.net is built

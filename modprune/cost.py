@@ -101,13 +101,20 @@ class Flops(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
         packet = getattr(function, "_overloadpacket", None)
         formula = flop_registry.get(packet)
+        if formula is None and torch.is_inference_mode_enabled():  # in which layers arrive whole
+            with self:
+                out = function.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
+        out = function(*args, **(kwargs or {}))
         if formula is not None:
             self.total += _flops(formula, args, kwargs or {}, out)
         elif packet in _RECURRENT:
             self.total += _recurrent_flops(*args)
+        elif packet is not None and packet is _GROUPED:
+            self.total += _grouped_flops(*args)
         return out
 
 
@@ -116,9 +123,19 @@ _RECURRENT = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn)
 
 
 def _recurrent_flops(x: torch.Tensor, *rest: Any) -> int:
-    """Of the products with the weights; `rest` begins with four of them, or with a list of all."""
-    weights = rest[0] if isinstance(rest[0], (list, tuple)) else rest[:4]
+    """Of the products with the weights; `rest` begins with a list of all, or with the two of the one layer."""
+    weights = rest[0] if isinstance(rest[0], (list, tuple)) else rest[:2]
     return 2 * (x.numel() // x.shape[-1]) * sum(weight.numel() for weight in weights if weight.ndim == 2)
+
+
+# The experts of a mixture, each for its rows: torch has no formula of it, and before 2.8 no such operation.
+_GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)
+
+
+def _grouped_flops(a: torch.Tensor, b: torch.Tensor, *_: Any) -> int:
+    """Of products whose groups lie in a dimension of their own (of both, or of `b`), or are parts of another."""
+    rows = a.numel() if a.ndim == 2 or b.ndim == 3 else a[0].numel()
+    return 2 * rows * b.shape[-1]
 
 
 def _flops(formula: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:

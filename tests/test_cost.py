@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -199,3 +200,29 @@ def test_a_model_that_cannot_be_copied_is_counted_all_the_same():
     model = nn.Sequential(nn.Linear(3, 2))
     model.lock = threading.Lock()
     assert macs_by_counter(model, torch.zeros(1, 3)) == {"modprune": {"": 6, "0": 6}}
+
+
+class Grouped(nn.Module):
+    """Experts, each for some of the rows, in one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 8, 16))
+
+    def forward(self, x):
+        return F.grouped_mm(x, self.weight, offs=torch.tensor([4, len(x)], dtype=torch.int32))
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_products_in_groups_count():
+    assert count_macs(Grouped().bfloat16(), torch.randn(8, 8).bfloat16()) == 8 * 16
+
+
+def test_what_runs_in_inference_mode_counts():
+    class Frozen(nn.Sequential):
+        @torch.inference_mode()
+        def forward(self, x):
+            return super().forward(x)
+
+    layers = nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)
+    assert count_macs(Frozen(*layers), torch.zeros(2, 3, 8, 8)) == 36 * 27 * 8 + 8 * 36 * 4

@@ -60,13 +60,14 @@ class Budget:
 
         Empty if nothing is, or if no block may go at this stage, whatever fractions are still to be met.
         """
+        due = math.ceil((self.blocks or 0) * share - 1e-9)
+        share = due / self.blocks if self.blocks else share  # of the fractions, what so many blocks stand for
         asked = {name: getattr(self, name) for name in ("flops", "params", "latency")}
         missing = {name: value * share - freed[name] for name, value in asked.items() if value is not None}
-        left = {name: fraction for name, fraction in missing.items() if fraction > 1e-9}
+        left = {name: fraction for name, fraction in missing.items() if fraction > 1e-12}
         if self.blocks is None:
             return left
-        blocks = round(self.blocks * share) - gone
-        return {**left, "blocks": blocks} if blocks > 0 else {}
+        return {**left, "blocks": due - gone} if due > gone else {}
 
 
 # A choice among the groups looked at so far: summed score, MACs and parameters freed, and minus the sum of 2**position,
@@ -193,13 +194,13 @@ def _too_few(candidates: Sequence[Candidate], budget: Budget, total_macs: int, t
     params = sum(sorted(c.params for c in candidates)[-count:])
     return (
         f"no {budget.blocks} blocks together meet {_wanted(budget)}: so many free at most "
-        f"{_most(budget, macs / max(total_macs, 1), params / max(total_params, 1))}; "
+        f"{_most(budget, macs / max(total_macs, 1), params / max(total_params, 1), 'or')}; "
         "ask for more blocks or smaller fractions"
     )
 
 
-def _most(budget: Budget, first: float, params: float) -> str:
-    return f"{first:.1%} of the {'MACs' if budget.latency is None else 'time'} and {params:.1%} of the parameters"
+def _most(budget: Budget, first: float, params: float, both: str = "and") -> str:
+    return f"{first:.1%} of the {'MACs' if budget.latency is None else 'time'} {both} {params:.1%} of the parameters"
 
 
 def _wanted(budget: Budget) -> str:

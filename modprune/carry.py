@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -24,7 +25,8 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
 
     Args:
         model: the bare module, the one that surgery changes in place.
-        optimizers: over parameters of the model; changed in place. Not LBFGS, which keeps a list of its own.
+        optimizers: over parameters of the model; changed in place, and so are those that they wrap. Not LBFGS, which
+            keeps a list of its own.
 
     Raises:
         ValueError: before the surgery for LBFGS, after it if an optimizer is left without any parameter.
@@ -39,22 +41,34 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
     >>> len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
     True
     """
-    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+    everyone = _with_inner(optimizers)
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in everyone):
         raise ValueError("LBFGS cannot be carried over, its history is of all parameters together: make a new one")
     names = {parameter: name for name, parameter in model.named_parameters()}
     try:
         yield
     finally:  # of two surgeries the first may have been done when the second fails
-        _rebind(model, optimizers, names)
+        _rebind(model, everyone, names)
     for optimizer in optimizers:
         if not any(group["params"] for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} has no parameter left: all of its layers were removed")
 
 
+def _with_inner(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
+    """Those that others hold too: one that wraps others shares their groups, and leaves them the states."""
+    found: list[Optimizer] = []
+    stack = list(optimizers)
+    while stack:
+        here = stack.pop(0)
+        if all(here is not other for other in found):
+            found.append(here)
+            stack += [held for held in tree_leaves(list(vars(here).values())) if isinstance(held, Optimizer)]
+    return found
+
+
 def _rebind(model: nn.Module, optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str]) -> None:
     now, stay = dict(model.named_parameters()), set(model.parameters())
-    inner = [held for outer in optimizers for held in vars(outer).values() if isinstance(held, Optimizer)]
-    for optimizer in (*optimizers, *inner):  # one that wraps another shares its groups, and leaves it the states
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             # By itself before by its name: of weights that layers share, the layer that gave the name may be gone.
             heirs = [p if p in stay or p not in names else now.get(names[p]) for p in group["params"]]

@@ -83,7 +83,8 @@ class GradualPruning:
 
     The fractions are of the model as it is when this is first made. After each stage, what holds on to the old
     parameters other than the optimizers is due anew, see `ModularityPruner.step`. To go on in another process, keep
-    `state_dict()` in the checkpoint and give it as `state`, before the optimizer is made and the weights come back.
+    `state_dict()` in the checkpoint and give it as `state`, before the weights come back and the optimizer is made. One
+    with groups by layer is made before, and `state` given inside `carry_over`, which keeps groups that are empty now.
     What a callable `at` remembers is its own: `Settled` has to look twice again.
 
     Args:
@@ -172,7 +173,7 @@ class GradualPruning:
             pruner.step()
         self.plans.append(plan)
         self.now = self._sizes()
-        self._advance()
+        self.stage += 1
         return plan
 
     def warn_if_unfinished(self) -> None:
@@ -216,20 +217,10 @@ class GradualPruning:
     def _pass_over(self) -> None:
         """Stages that are met by what has gone before."""
         while self.stage < len(self.shares) and not self._left(self.shares[self.stage]):
-            self._advance()
+            self.stage += 1
 
     def _is_due(self, count: int) -> bool:
         return self.at(count, self.model) if callable(self.at) else count >= self.at[self.stage]
-
-    def _advance(self) -> None:
-        """To the next stage. All, each the best at its time, may come to too little where `blocks` bounds them."""
-        self.stage += 1
-        for name, size in self.now.items():
-            asked, freed = getattr(self.budget, name), 1 - size / self.whole[name]
-            if self.stage == len(self.shares) and asked and freed < asked - 1e-9:
-                warnings.warn(
-                    f"{name}={asked} with blocks={self.budget.blocks}: in stages, {freed:.1%} went", stacklevel=3
-                )
 
     def _sizes(self) -> dict[str, int]:
         return {"flops": max(count_macs(self.model, self.example), 1), "params": count_params(self.model)}

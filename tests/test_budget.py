@@ -81,7 +81,7 @@ def test_the_error_says_the_most_that_can_be_had():
 
 def test_too_few_blocks_says_the_most_that_so_many_free():
     candidates = [Candidate("a", 0, 20, 1), Candidate("b", 0, 10, 2), Candidate("c", 0, 5, 3)]
-    with pytest.raises(ValueError, match=r"so many free at most 30.0% of the MACs and 50.0% of the parameters"):
+    with pytest.raises(ValueError, match=r"so many free at most 30.0% of the MACs or 50.0% of the parameters"):
         choose(candidates, Budget(flops=0.34, blocks=2), 100, 10)
 
 
@@ -100,3 +100,20 @@ def test_fractions_lie_between_0_and_1(value):
 def test_a_score_that_is_no_number_is_named():
     with pytest.raises(ValueError, match="score of b"):
         choose([Candidate("a", 0, 1, 1), Candidate("b", float("nan"), 1, 1)], Budget(blocks=1), 10, 10)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.25, 1 / 3, 0.5, 0.6, 2 / 3])
+def test_as_many_blocks_go_at_a_stage_as_its_fraction_needs(share):
+    equal = [Candidate(f"b{i}", i, 10, 10) for i in range(6)]
+    left = Budget(flops=0.79, blocks=5).left(share, {"flops": 0.0}, 0)
+    assert len(choose(equal, Budget(**left), 60, 60)) == left["blocks"] < 5
+
+
+def test_a_tiny_fraction_takes_a_block():
+    left = Budget(flops=1e-9).left(1, {"flops": 0.0}, 0)
+    assert choose([Candidate("a", 1.0, 1, 1)], Budget(**left), 100, 100) == ("a",)
+
+
+def test_the_most_of_each_kind_is_not_said_of_one_set():
+    with pytest.raises(ValueError, match=r"free at most 50.0% of the MACs or 50.0% of the parameters"):
+        choose([Candidate("a", 0, 50, 10), Candidate("b", 0, 10, 50)], Budget(0.4, 0.4, 1), 100, 100)

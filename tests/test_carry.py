@@ -140,11 +140,39 @@ def test_parameters_of_others_stay_and_an_empty_optimizer_is_refused():
         PruningPlan(("layer1.0",)).apply(model)
 
 
-def test_an_optimizer_around_another_shares_its_groups():
+@pytest.mark.parametrize("wrap", [Lookahead, lambda inner: Lookahead(Lookahead(inner))])
+def test_an_optimizer_around_another_shares_its_groups(wrap):
     model = resnet20()
-    optimizer = Lookahead(torch.optim.Adam(model.parameters()))
+    optimizer = wrap(torch.optim.Adam(model.parameters()))
     steps(model, optimizer, 2)
     with carry_over(model, optimizer):
         PruningPlan(("layer1.0",)).apply(model)
     count = len(list(model.parameters()))
     assert len(optimizer.state_dict()["state"]) == len(optimizer.state_dict()["param_groups"][0]["params"]) == count
+
+
+class Several(torch.optim.Optimizer):
+    """One that steps several."""
+
+    def __init__(self, *inner: torch.optim.Optimizer) -> None:
+        super().__init__([nn.Parameter(torch.zeros(1))], {})
+        self.inner, self.param_groups = {"all": list(inner)}, [group for one in inner for group in one.param_groups]
+
+    def step(self) -> None:
+        for one in self.inner["all"]:
+            one.step()
+
+
+def test_optimizers_that_one_holds_in_a_list_go_on():
+    model = resnet20()
+    layers = [p for n, p in model.named_parameters() if "linear" not in n]
+    inner = torch.optim.SGD(layers, 0.1, momentum=0.9), torch.optim.Adam(model.linear.parameters())
+    optimizer = Several(*inner)
+    steps(model, optimizer, 2)
+    with carry_over(model, optimizer):
+        PruningPlan(("layer1.0",)).apply(model)
+    states = [one.state_dict() for one in inner]
+    assert [len(state["state"]) for state in states] == [len(list(model.parameters())) - 2, 2]
+    steps(model, optimizer, 1)
+    with pytest.raises(ValueError, match="LBFGS"), carry_over(model, Several(torch.optim.LBFGS(model.parameters()))):
+        pass

@@ -398,11 +398,16 @@ def _spans(blocks: Blocks) -> dict[str, str]:
     return {block.name: block.end for block in blocks}
 
 
-def _unlike(x: Tensor, y: Tensor) -> float:
-    return 1 - linear_cka(x, y) if len(x) >= 4 else float("nan")
+def _unlike(x: Tensor, y: Tensor, samples: int) -> float:
+    if not len(x) == len(y) == samples:
+        raise ValueError(
+            f"CKA: a block of {samples} inputs has {len(x)} rows of features before it and {len(y)} after it, and one "
+            "for each is needed; the criterion 'block_influence' needs none"
+        )
+    return 1 - linear_cka(x, y) if samples >= 4 else float("nan")
 
 
-def _turned(x: Tensor, y: Tensor) -> float:
+def _turned(x: Tensor, y: Tensor, _: int) -> float:
     if x.shape != y.shape:
         return 1.0
     x, y = (z.double() if z.ndim == 3 else z.flatten(1).double() for z in (x, y))

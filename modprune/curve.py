@@ -56,7 +56,8 @@ class ModularityCurve:
     @property
     def noise(self) -> np.ndarray:
         """(layers - 1,): two standard errors of the gain. Gains are differences on the same samples, so the spread
-        between repeats that all layers share is not in it. 0 for a single repeat.
+        between repeats that all layers share is not in it. 0 for a single repeat. Too small where the loader holds
+        fewer samples than all repeats ask for: those that share samples are alike.
         """
         return 2 * _std(np.diff(self.q, axis=1)) / np.sqrt(len(self.q))
 
@@ -105,7 +106,8 @@ def modularity_curve(
 ) -> ModularityCurve:
     """Q of the stem (the first layer with parameters) and of every residual block's output, or of `layers`.
 
-    Calibration images come from the training set: a plan chosen on test images is leakage.
+    Calibration images come from the training set: a plan chosen on test images is leakage. Features are multiplied in
+    float32, whatever the model's precision.
 
     Args:
         model: left as found: modes, device, RNG.

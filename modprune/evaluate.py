@@ -63,8 +63,9 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
             loss = F.cross_entropy(logits, labels, reduction="sum")
             if loss.isnan():
                 raise RuntimeError(f"the model gives NaN or inf in the batch after sample {samples}: check its weights")
-            ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            totals += torch.stack([loss, ranks[:, 0].sum(), ranks.sum()]).cpu()
+            first = logits.argmax(1) == labels  # of equal logits the same as everywhere, which topk does not say
+            among = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(1)
+            totals += torch.stack([loss, first.sum(), (first | among).sum()]).cpu()
             samples += len(labels)
     if samples == 0:
         raise ValueError(f"the loader gave no batch to evaluate on{ONCE}")

@@ -7,6 +7,7 @@ slabs do not depend on the budget, so neither do the sums, unless it is too smal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -147,9 +148,12 @@ class LayerGrams:
         self._arena = torch.empty(0)
         self._layout = torch.channels_last if device_of(model).type == "cpu" else torch.preserve_format
         self._channels_last: set[str] = set()
+        self._scales: dict[str, float] = {}
 
     def __call__(self, sample: Sample) -> Iterator[tuple[str, Tensor]]:
         """For each layer, in the given order, the (N, N) float32 inner products of the N flattened features.
+
+        Up to a power of two, where features are so large or small that float32 would not hold their squares.
 
         Of several processes each forwards its share of the N samples and multiplies its share of the slabs.
 
@@ -185,24 +189,26 @@ class LayerGrams:
             self._arena = torch.empty(values, dtype=torch.float32, device=device)
 
     def _columns(self, sample: Sample) -> dict[str, int]:
-        """How many values a sample has in each layer, from a pass of two, which settles the layout as well."""
+        """How many values a sample has in each layer, from a pass of two, which settles layout and scale as well."""
         columns: dict[str, int] = {}
+        scales: dict[str, float] = {}
         last: set[str] = set()
 
         def look(layer: str, x: Tensor, _: int) -> None:
-            columns[layer] = x[0].numel()
+            columns[layer], scales[layer] = x[0].numel(), _scale(float(x.abs().amax()))
             if not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
                 last.add(layer)
 
         # Two samples, not one: with a batch of one, `view` may succeed in any layout.
-        few = [(take(inputs, 0, 2), labels[:2]) for inputs, labels in sample[:1]]
+        few = _two_of(sample)
         try:
             visit(self.model, self.layers, few, look, self._layout)
         except RuntimeError:  # `view` asks for channels first; whatever else it is comes again
             self._layout = torch.preserve_format
             last.clear()
             visit(self.model, self.layers, few, look, self._layout)
-        self._channels_last = everyones(last)[0]  # one order of columns for all processes
+        # One order of columns, and one scale, for all processes.
+        self._channels_last, self._scales = everyones((last, scales))[0]
         return {layer: columns[layer] for layer in self.layers}
 
     def _collect(
@@ -224,6 +230,7 @@ class LayerGrams:
                     f"layer {layer}: {flat.shape[1]} values a sample, {columns[layer]} in the first one: "
                     "give inputs of one size"
                 )
+            flat = flat if self._scales[layer] == 1 else flat * self._scales[layer]
             for slab, features in kept.items():
                 if slab.layer == layer:
                     features[first + row : first + row + len(flat)] = flat[:, slab.start : slab.stop]
@@ -233,11 +240,16 @@ class LayerGrams:
         return dict(zip(own, to_owners(list(kept.values()), counts), strict=True))
 
 
+def _scale(largest: float) -> float:
+    """A power of two, which rounds nothing, by which to multiply features for float32 to hold their squares."""
+    return 1.0 if 1e-9 < largest < 1e9 or not 0 < largest < math.inf else 2.0 ** -round(math.log2(largest))
+
+
 def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str, Tensor]:
     """For each layer the mean of its features over all positions: (N, channels) float32, on the CPU, of all processes.
 
-    Channels are the second dimension; the last one (tokens, or channels last as in Swin) where the layer has parameters
-    of that size and none of the second one's.
+    Channels are the second dimension where the layer has convolutions that give so many; the last one (tokens, or
+    channels last as in Swin) where it has matrices that do, or other parameters of that size and none of the second's.
 
     Args:
         model: run in eval mode without gradients, on its own device; left as found.
@@ -247,11 +259,16 @@ def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str,
     Raises:
         ValueError: if features hold NaN or infinity; names the layer.
     """
+    # Of two samples: whose rows are not theirs may have as many rows by chance where there are more.
+    visit(model, layers, _two_of(sample), lambda *_: None)
     parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
     def keep(layer: str, features: Tensor, _: int) -> None:
-        sizes = {p.shape[0] for p in model.get_submodule(layer).parameters() if p.ndim}
-        last = features.shape[-1] in sizes and features.shape[1] not in sizes
+        own = [p.shape for p in model.get_submodule(layer).parameters() if p.ndim]
+        sizes, rows = {shape[0] for shape in own}, {shape[0] for shape in own if len(shape) == 2}
+        convolved = features.shape[1] in {shape[0] for shape in own if len(shape) == features.ndim}
+        last = features.shape[-1] in rows or (features.shape[-1] in sizes and features.shape[1] not in sizes)
+        last = last and not convolved
         if features.ndim > 2:
             features = features.flatten(1, -2).mean(1) if last else features.flatten(2).mean(2)
         parts[layer].append(features.float().cpu())
@@ -262,6 +279,10 @@ def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str,
     for layer, rows in features.items():
         check_finite(rows.abs().amax(1), where=f"layer {layer}: ")
     return features
+
+
+def _two_of(sample: Sample) -> Sample:
+    return [(take(inputs, 0, 2), labels[:2]) for inputs, labels in sample[:1]]
 
 
 def visit(
@@ -284,8 +305,11 @@ def visit(
     def hook(layer: str, output: Any) -> None:
         tensor = first_tensor(output)
         if tensor is None or tensor.ndim < 2 or len(tensor) != size or not tensor.is_floating_point():
-            shape = None if tensor is None else tuple(tensor.shape)
-            raise ValueError(f"layer {layer}: output of shape {shape} has no row of features for each of {size} inputs")
+            what = "no tensor" if tensor is None else f"{str(tensor.dtype)[6:]} of shape {tuple(tensor.shape)}"
+            raise ValueError(
+                f"layer {layer} gives {what} for {size} inputs: a floating-point row of features for each is needed; "
+                "the criterion 'block_influence' needs none"
+            )
         seen[layer] += 1
         keep(layer, tensor, row)
 
@@ -309,20 +333,21 @@ def pairs(
     spans: Mapping[str, str],
     loader: Iterable[Any],
     samples: int,
-    measure: Callable[[Tensor, Tensor], float],
+    measure: Callable[[Tensor, Tensor, int], float],
 ) -> list[list[float]]:
-    """`measure(input, output)` of each span of layers in each batch, until `samples` have passed; without labels.
+    """`measure(input, output, size)` of each span of layers in each batch, until `samples` have passed; without labels.
 
     Args:
         model: run in eval mode without gradients, on its own device; left as found.
         spans: from the name of a first sub-module to that of a last, often itself; both called once in a forward pass.
         loader: batches; the first tensor into the first one and the first out of the last one are measured.
         samples: how many, at least; fewer where the loader has no more.
-        measure: of two tensors with one row a sample.
+        measure: of two tensors, most often with one row a sample, and how many samples these are.
     """
     values: list[list[float]] = []
     given: dict[str, Tensor] = {}
     row: dict[str, float] = {}
+    size = 0
 
     def before(layer: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = first_tensor((args, kwargs))
@@ -332,7 +357,7 @@ def pairs(
     def after(layer: str, module: nn.Module, args: Any, out: Any) -> None:
         y = first_tensor(out)
         if layer in given and y is not None:
-            row[layer] = measure(given.pop(layer), y)
+            row[layer] = measure(given.pop(layer), y, size)
 
     seen = 0
     with ExitStack() as hooks, evaluating(model), undisturbed(loader), torch.no_grad():
@@ -342,7 +367,8 @@ def pairs(
             hooks.enter_context(end.register_forward_hook(partial(after, layer)))
         for batch in loader:
             inputs = split_batch(batch)[0]
-            if batch_size(inputs) == 0:
+            size = batch_size(inputs)
+            if size == 0:
                 continue
             row.clear()
             call(model, to_device(inputs, device_of(model)))
@@ -350,7 +376,7 @@ def pairs(
             if missing:
                 raise ValueError(f"layer {missing[0]}: not called in a forward pass, or with no tensor")
             values.append([row[layer] for layer in spans])
-            seen += batch_size(inputs)
+            seen += size
             if seen >= samples:
                 break
     if not values:

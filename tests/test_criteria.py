@@ -10,6 +10,8 @@ import pytest
 import torch
 import torchvision
 from accelerate import Accelerator, DataLoaderConfiguration
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -38,6 +40,7 @@ from modprune.criteria import (
     name_of,
 )
 from modprune.data import ImageLoader, digits
+from modprune.features import pooled
 from modprune.models import resnet20
 from modprune.surgery import remove_blocks
 
@@ -170,8 +173,8 @@ def test_an_image_loader_goes_on_as_if_nothing_had_been_measured():
 def test_a_block_that_does_nothing_turns_nothing_where_channels_are_dead():
     x = torch.randn(4, 6, 8).relu()
     x[:, :3] = 0
-    assert _turned(x, x.clone()) == 0
-    assert _turned(x, -x) == pytest.approx(1)  # half of it turned back, half unchanged
+    assert _turned(x, x.clone(), 4) == 0
+    assert _turned(x, -x, 4) == pytest.approx(1)  # half of it turned back, half unchanged
 
 
 def test_modularity_is_the_gain_of_the_curve():
@@ -461,3 +464,49 @@ def test_a_criterion_that_leaves_a_block_out_or_gives_something_else_is_named():
 def test_scores_of_another_shape_than_repeats_by_blocks_are_refused(shape):
     with pytest.raises(ValueError, match=r"2 blocks have shape .*: give \(repeats, 2\)"):
         BlockScores(("a", "b"), np.zeros(shape))
+
+
+IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "layer", "tokens"),
+    [
+        (MlpMixer(img_size=16, patch_size=4, num_blocks=1, embed_dim=24), IMAGES, "blocks.0", True),
+        (
+            VisionTransformer(16, 4, embed_dim=16, depth=1, num_heads=2, class_token=False, global_pool="avg"),
+            IMAGES,
+            "blocks.0",
+            True,
+        ),
+        (nn.Sequential(nn.Conv1d(3, 16, 1)), IMAGES[..., 0], "0", False),
+        (nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)), IMAGES, "0", False),
+        (nn.Sequential(nn.ConvTranspose2d(3, 5, 2)), IMAGES, "0", False),
+    ],
+)
+def test_the_mean_is_over_positions_and_not_over_channels(model, x, layer, tokens):
+    seen = []
+    hook = model.get_submodule(layer).register_forward_hook(lambda _, __, out: seen.append(out.detach()))
+    model.eval()(x)
+    hook.remove()
+    expected = seen[0].flatten(1, -2).mean(1) if tokens else seen[0].flatten(2).mean(2)
+    torch.testing.assert_close(pooled(model, [layer], [(x, torch.zeros(3).long())])[layer], expected)
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.head(self.layers(self.embed(x).transpose(0, 1)).mean(0))
+
+
+@pytest.mark.parametrize("criterion", [Cka(), LinearProbe(8, 1), ModularityPooled(samples=8)], ids=name_of)
+def test_steps_of_time_are_not_taken_for_samples(criterion):
+    model, batch = SequenceFirst(), (torch.randn(8, 6 if isinstance(criterion, Cka) else 8, 8), torch.arange(8) % 2)
+    blocks = find_blocks(model, batch[0])
+    with pytest.raises(ValueError, match=r"rows? of features .*'block_influence' needs none"):
+        criterion(model, blocks, [batch])
+    assert np.isfinite(BlockInfluence()(model, blocks, [batch]).values).all()

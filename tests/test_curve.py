@@ -180,9 +180,9 @@ def test_errors_name_what_is_wrong(arguments, message):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (lambda x: x.mean((1, 2, 3)), r"layer 0: output of shape \(2,\) has no row of features for each of 2 inputs"),
-        (lambda x: x[:1], r"layer 0: output of shape \(1, 3, 8, 8\) has no row"),
-        (lambda x: None, "layer 0: output of shape None has no row"),
+        (lambda x: x.mean((1, 2, 3)), r"layer 0 gives float32 of shape \(2,\) for 2 inputs: a floating-point row"),
+        (lambda x: x[:1], r"layer 0 gives float32 of shape \(1, 3, 8, 8\) for 2"),
+        (lambda x: None, "layer 0 gives no tensor for 2"),
     ],
 )
 def test_a_layer_without_a_row_for_each_sample_is_named(shape, message):
@@ -281,3 +281,16 @@ def test_another_default_type_changes_nothing():
         finally:
             torch.set_default_dtype(torch.float32)
     assert np.array_equal(*curves)
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e12, 1e25])
+def test_q_does_not_depend_on_the_scale_of_features(factor):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * factor
+
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(Scaled(4, 8)), (torch.randn(60, 4), torch.arange(60) % 3)
+    curve = modularity_curve(model, [batch], samples=60, repeats=1, layers=["0"])
+    with torch.no_grad():
+        assert curve.q.item() == pytest.approx(modularity(model(batch[0]), batch[1]), abs=1e-6)

@@ -78,3 +78,9 @@ def test_images_go_channels_last_where_the_model_takes_them_so():
 def test_what_a_model_says_of_its_inputs_comes_out():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         evaluate(nn.Linear(3, 2), [(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))])
+
+
+def test_of_equal_logits_the_first_is_the_answer():
+    logits = torch.randint(3, (500, 10), generator=torch.Generator().manual_seed(0)).float()
+    result = evaluate(nn.Identity(), [(logits, logits.argmax(1))])
+    assert (result.top1, result.top5, result.correct) == (100, 100, 500)

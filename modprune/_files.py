@@ -6,11 +6,14 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
+
+STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -22,7 +25,12 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     path = Path(path)
     partial: Path | None = None
     try:
-        if path.exists() and not path.is_file():  # a device or a pipe, as /dev/stdout: nothing takes its place
+        if str(path) in STREAMS:  # it may lead to a file that holds something already
+            sys.stdout.flush()
+            with os.fdopen(os.dup(STREAMS[str(path)]), "wb") as stream:
+                stream.write(data)
+            return
+        if path.exists() and not path.is_file():  # a device or a pipe: nothing takes its place
             path.write_bytes(data)
             return
         target = Path(os.path.realpath(path))  # a link goes on to lead there

@@ -101,7 +101,9 @@ Json = Annotated[
 ]
 K = Annotated[int, typer.Option(min=1, help="Neighbours of each sample in the feature graph.")]
 Samples = Annotated[int, typer.Option(min=2, help="Images in each measurement.")]
-Repeats = Annotated[int, typer.Option(min=1, help="How many times to measure, on other images each time.")]
+Repeats = Annotated[
+    int, typer.Option(min=1, help="How many times to measure, on other images each time; 1 leaves the noise out.")
+]
 
 
 def load_network(name: str, weights: Path | None, device: str, num_classes: int) -> nn.Module:
@@ -117,5 +119,7 @@ def pick_device(name: str) -> str:
     try:
         torch.zeros(1, device=name).item()  # "meta", say, is a device and holds nothing
     except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise typer.BadParameter(
+            f"--device {name}: {str(error).splitlines()[0]:.120}; auto takes what there is"
+        ) from None
     return name

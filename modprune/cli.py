@@ -45,10 +45,11 @@ from modprune._processes import meet, place
 from modprune.budget import Budget
 from modprune.criteria import fitted
 from modprune.data import ImageLoader, calibration
-from modprune.job import prune_job
+from modprune.job import RESULTS, prune_job
 from modprune.picture import check_png, save_picture
 from modprune.recipe import Recipe
 from modprune.specs import build_model, data_shape, load_data
+from modprune.store import is_plain
 
 INTERRUPTED = 130  # as typer ends a command after Ctrl-C
 
@@ -105,7 +106,10 @@ def blocks(
     num_classes, (channels, *sides) = data_shape(data)
     network = build_model(model, num_classes)
     example = torch.zeros(1, channels, *([size, size] if size else sides))
-    found = modprune.find_blocks(network, example)
+    try:
+        found = modprune.find_blocks(network, example)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}; --size says how large its images are") from error
     macs, params = modprune.count_macs(network, example), modprune.count_params(network)
     width = max(map(len, ("block", *found.names, *found.refused)))
     print(f"{'block':<{width}} {'kind':<11} {'parameters':>11} {'of all':>7} {'MACs':>12} {'of all':>7}")
@@ -210,6 +214,8 @@ def prune(
     processes share the work.
     """
     _check_budget(flops, params, count, latency)
+    if weights.resolve() in [(out / name).resolve() for name in RESULTS]:
+        raise typer.BadParameter(f"--weights {weights} lies in --out, where it would be replaced: give another folder")
     train, test = load_data(data, data_dir, train=True), load_data(data, data_dir, train=False)
     network = load_network(model, weights, device, train.num_classes)
     recipe = Recipe(epochs=epochs, lr=lr) if epochs else None
@@ -220,25 +226,30 @@ def prune(
     )  # fmt: skip
     if place()[0] == 0:
         print(report)
-        print(f"Written to {out}")
+        print(f"Results are in {out}")
 
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Option(help="A model that modprune saved (.safetensors).")],
+    model: Annotated[Path, typer.Option(help="A model that modprune saved (.safetensors), or weights for --network.")],
     data: Data = "cifar10", data_dir: DataDir = Path("data"),
     network: Annotated[
         str | None,
-        typer.Option(help="The unpruned network, as --model elsewhere; not needed for built-in ones.",
+        typer.Option(help="The unpruned network, as --model elsewhere; not needed for saved built-in ones.",
                      callback=lambda value: value and check_model(value)),
     ] = None,
     device: Device = "auto", json_: Json = None,
 ) -> None:  # fmt: skip
-    """Top-1, Top-5 and loss of a saved model on the test images."""
+    """Top-1, Top-5 and loss of a saved model, or of an unpruned one with its weights, on the test images."""
     test = load_data(data, data_dir, train=False)
-    unpruned = load_network(network, None, device, test.num_classes) if network else None
-    pruned = modprune.load(model, unpruned).to(pick_device(device))
-    result = modprune.evaluate(pruned, ImageLoader(test, 100, device=pick_device(device)))
+    if is_plain(model):
+        if network is None:
+            raise typer.BadParameter(f"--model {model}: plain weights; say with --network of which network they are")
+        measured = load_network(network, model, device, test.num_classes)
+    else:
+        unpruned = load_network(network, None, device, test.num_classes) if network else None
+        measured = modprune.load(model, unpruned).to(pick_device(device))
+    result = modprune.evaluate(measured, ImageLoader(test, 100, device=pick_device(device)))
     print(f"Top-1 {result.top1:.2f} %  Top-5 {result.top5:.2f} %  loss {result.loss:.4f}  on {result.samples} images")
     _write(json_, asdict(result))
 

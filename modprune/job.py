@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from modprune._environment import commit, environment
 from modprune._files import alone, to_json, write_text
-from modprune._inputs import device_of
+from modprune._inputs import device_of, evaluating
 from modprune._processes import everyones, meet
 from modprune.checkpoints import check_empty, check_writable
 from modprune.criteria import Criterion, fitted, name_of, resolve
 from modprune.data import ImageData, ImageLoader, calibration
 from modprune.distill import CachedTeacher
+from modprune.evaluate import logits_and_labels
 from modprune.finetune import Epoch, finetune
 from modprune.picture import save_picture
 from modprune.plan import PruningPlan
@@ -78,9 +79,10 @@ def prune_job(
             the report is made again and nothing else is done, but that checkpoints which a kill has left go.
 
     Raises:
-        ValueError: for a budget that cannot be met, test images of another kind than the training images, a folder
-            where another run is at work, with an unfinished run without `resume`, or with a run of other arguments,
-            weights or images (but for the number of epochs, while it is unfinished).
+        ValueError: for a budget that cannot be met, test images of another kind than the training images, a network of
+            fewer classes, a folder where another run is at work, with results of no run, with an unfinished run without
+            `resume`, or with a run of other arguments, weights or images (but for the number of epochs, while it is
+            unfinished).
         OSError: if `out` cannot be written.
     """
     out, device = Path(out), device_of(model)
@@ -91,7 +93,8 @@ def prune_job(
     # Before the minutes of measuring, not after.
     check_names(log_with)
     check_writable(out)
-    _check_images(train, test, batch_size)
+    _check_folder(out)
+    _check_images(model, train, test, batch_size)
     with alone(out) if first else nullcontext():
         if resume and _check_same(out, arguments):
             if first:
@@ -132,12 +135,24 @@ def _made_of(model: nn.Module, train: ImageData) -> dict[str, str]:
     }
 
 
-def _check_images(train: ImageData, test: ImageData, batch_size: int) -> None:
+def _check_folder(out: Path) -> None:
+    """ValueError if results would take the place of files that no run has written."""
+    own = [name for name in (*RESULTS, "plan.json") if (out / name).exists()]
+    if own and not (out / "run.json").exists():
+        raise ValueError(
+            f"{out}: its {own[0]} is of no run of modprune prune and would be replaced: give another folder"
+        )
+
+
+def _check_images(model: nn.Module, train: ImageData, test: ImageData, batch_size: int) -> None:
     if not 1 <= batch_size <= len(train):
         raise ValueError(f"batch_size={batch_size}: it lies between 1 and {len(train)}, the number of training images")
     kinds = [f"{data.num_classes} classes of {tuple(data.images.shape[1:])}" for data in (train, test)]
     if len(test) == 0 or kinds[0] != kinds[1]:
         raise ValueError(f"test: {len(test)} images, {kinds[1]}, where the training images are {kinds[0]}: give such")
+    last = torch.zeros(2, *train.images.shape[1:]), torch.full((2,), train.num_classes - 1)
+    with torch.no_grad(), evaluating(model):  # a network of fewer classes is said to be one
+        logits_and_labels(model, last)
 
 
 def _recover(
@@ -172,11 +187,11 @@ def _check_same(out: Path, arguments: Mapping[str, Any]) -> bool:
     try:
         found = json.loads(record.read_text())
         theirs, finished = _flat(found["arguments"]), bool(found["finished"])
-        for run in (theirs, mine) if not finished else ():
-            run["epochs"] = min(run["epochs"], 1)  # they may become more
+        longer = not finished and min(theirs["epochs"], mine["epochs"]) > 0  # they may become more
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{record}: not the record of a run of modprune prune; give another folder") from None
-    other = [name for name in mine if mine[name] != theirs.get(name)]
+    other = [name for name in mine if mine[name] != theirs.get(name) and not (longer and name == "epochs")]
+    other = [name for name in other if name in theirs] or other  # without epochs there are no other constants
     if other:
         had, has = ({name: values.get(name) for name in other} for values in (theirs, mine))
         raise ValueError(f"{out}: the run there has {had}, this one {has}: resume it as it was, or give another folder")
@@ -243,7 +258,7 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def _story(plan: PruningPlan) -> str:
-    names = ", ".join(f"`{name}`" for name in plan.remove)
+    names = ", ".join(f"`{name}`" for name in plan.remove) or "none"
     story = f"Blocks removed by {plan.criterion}, {len(plan.remove)} in all: {names}.\n"
     cut = sum(len(channels) for _, channels in plan.width)
     return f"{story}\nChannels cut by torch-pruning: {cut} of {len(plan.width)} layers.\n" if cut else story

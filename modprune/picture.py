@@ -40,7 +40,7 @@ def plot_curve(curve: ModularityCurve, ax: Axes | None = None, removed: Sequence
     ax.set_xlim(-0.5, len(curve.layers) - 0.5)
     ax.set_ylabel("modularity Q")
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(loc="upper left", frameon=False, fontsize=8)
+    ax.legend(loc="upper left", framealpha=0.9, edgecolor="none", fontsize=8)
     return ax
 
 

@@ -107,7 +107,8 @@ class PruningPlan:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"not a plan: the text is not JSON ({str(error)[:80]})") from None
+            where = "" if text is source else f"{source}: "
+            raise ValueError(f"{where}not a plan: the text is not JSON ({str(error)[:80]})") from None
         if not isinstance(data, dict) or "remove" not in data:
             raise ValueError("not a plan: a JSON object with 'remove' is needed, as PruningPlan.to_json writes it")
         version = data.pop("format", FORMAT)

@@ -14,6 +14,7 @@ from modprune._files import to_json
 from modprune._inputs import device_of
 from modprune.cost import count_params, latency, mac_differences, macs_by_counter
 from modprune.evaluate import Evaluation, evaluate
+from modprune.store import bare
 
 BATCHES = (1, 64)
 COUNTERS = ("modprune", "fvcore", "thop")
@@ -129,10 +130,10 @@ def compare(
 def _summary(
     model: nn.Module, example_inputs: Any, seconds: dict[int, float], val_loader: Iterable[Any] | None
 ) -> Summary:
-    counts = macs_by_counter(model, example_inputs)
+    counts = macs_by_counter(bare(model), example_inputs)  # what is compiled is not seen
     macs = {counter: by_module[""] for counter, by_module in counts.items()}
     far = [name for name, count in macs.items() if abs(count - macs["modprune"]) > TOLERANCE * macs["modprune"]]
-    differences = mac_differences(model, counts) if far else {}
+    differences = mac_differences(bare(model), counts) if far else {}
     accuracy = evaluate(model, val_loader) if val_loader is not None else None
     return Summary(count_params(model), macs, seconds, accuracy, {name: differences[name] for name in far})
 

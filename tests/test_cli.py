@@ -9,17 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from modprune import PruningPlan, count_params, load, studies
+from modprune import PruningPlan, count_params, evaluate, load, studies
 from modprune.cli import app, main
+from modprune.data import ImageLoader, digits
 from modprune.models import resnet20
 
 
@@ -122,6 +125,7 @@ def test_blocks_curve_and_plan_write_json(weights, tmp_path):
             1,
             "modprune: none.safetensors: no such file",
         ),
+        (["evaluate", "--model", __file__, "--data", "digits"], 2, "plain weights; say with --network of which"),
         (["evaluate", "--model", "m", "--network", "foo"], 2, "'foo' is unknown: give one of resnet20"),
         (["evaluate", "--model", "m", "--data", "digits", "--network", "vgg11_bn"], 1, "modprune: m: no such file"),
         (["curve", "--model", "resnet20", "--weights", "w", "--device", "meta"], 2, "--device meta: "),
@@ -154,6 +158,25 @@ def test_an_unknown_tracker_is_told_before_the_measuring(weights, tmp_path):
     done = in_process(*prune(weights, tmp_path / "out", "--batch-size", 5000))
     assert "batch_size=5000: it lies between 1 and 1437, the number" in str(done.exception)
     assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_weights_in_the_folder_of_the_results_are_not_replaced(tmp_path):
+    safetensors.torch.save_file(resnet20().state_dict(), tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    done = in_process(*prune(tmp_path / "model.safetensors", tmp_path, "--epochs", 0, "--criterion", "l1_norm"))
+    assert done.exit_code == 2
+    assert "lies in --out, where it would be replaced" in done.output
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_an_unpruned_network_is_evaluated_with_its_weights(weights, tmp_path):
+    in_process(
+        "evaluate", "--model", weights, "--network", "resnet20", "--data", "digits", "--json", tmp_path / "e.json"
+    )
+    model = resnet20()
+    model.load_state_dict(torch.load(weights))
+    expected = evaluate(model, ImageLoader(digits(False), 100))
+    assert json.loads((tmp_path / "e.json").read_text()) == asdict(expected)
 
 
 def test_a_missing_data_folder_and_an_unwritable_one(weights, tmp_path):
@@ -265,7 +288,7 @@ def test_processes_of_torchrun_share_the_work_and_one_writes(weights, tmp_path):
     each = [*launch, str(tmp_path / "each.py"), texts]
     done = subprocess.run(each, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [done.stdout.count(word) for word in ("Written to", "to remove: 2", "spread", "parted")] == [1, 1, 1, 2]
+    assert [done.stdout.count(word) for word in ("Results are in", "to remove: 2", "spread", "parted")] == [1, 1, 1, 2]
     assert in_process("curve", *little, "--json", tmp_path / "one.json").exit_code == 0
     both, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("curve", "one"))
     assert np.allclose(both["q"], one["q"], atol=1e-6)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,3 +79,11 @@ def test_a_file_keeps_its_mode_and_a_new_one_has_that_of_any_new_file(tmp_path, 
     assert old.stat().st_mode & 0o777 == mode
     assert new.stat().st_mode == plain.stat().st_mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old", "plain"]
+
+
+def test_what_goes_to_the_output_takes_the_place_of_nothing(tmp_path):
+    (tmp_path / "log").write_text("before\n")
+    script = "from modprune._files import write_text; print('text'); write_text('/dev/stdout', 'json\\n'); print('end')"
+    with (tmp_path / "log").open("a") as log:
+        subprocess.run([sys.executable, "-c", script], stdout=log, check=True)
+    assert (tmp_path / "log").read_text() == "before\ntext\njson\nend\n"

@@ -89,12 +89,29 @@ def test_test_images_of_another_kind_are_told_before_the_work(odd, tmp_path, mon
         prune_job(resnet20(), train, of_kind[odd], tmp_path, blocks=1)
 
 
-def test_a_plan_that_no_run_has_made_is_not_carried_out(tmp_path):
-    torch.manual_seed(0)
-    model, train, test = resnet20(), digits(True), digits(False)
-    PruningPlan(("layer1.0",)).to_json(tmp_path / "plan.json")
-    prune_job(model, train, test, tmp_path, blocks=3, criterion="l1_norm", resume=True)
-    assert len(PruningPlan.from_json(tmp_path / "plan.json").remove) == 3
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["plan.json", "model.safetensors", "report.md"])
+def test_a_file_that_no_run_has_made_is_neither_used_nor_replaced(name, resume, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"its {name} is of no run of modprune prune and would be replaced"):
+        prune_job(resnet20(), digits(True), digits(False), tmp_path, blocks=3, criterion="l1_norm", resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_network_of_fewer_classes_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "ModularityPruner", lambda *_, **__: pytest.fail("measured before it looked"))
+    with pytest.raises(ValueError, match="labels from 9 to 9 with 3 classes"):
+        prune_job(resnet20(3), digits(True), digits(False), tmp_path, blocks=1)
+
+
+def test_what_differs_from_an_unfinished_run_is_told_as_it_was_given(tmp_path, monkeypatch):
+    job = {"model": resnet20(), "train": digits(True), "test": digits(False), "out": tmp_path, "criterion": "l1_norm"}
+    monkeypatch.setattr(jobs, "finetune", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prune_job(**job, blocks=2, recipe=Recipe(epochs=2))
+    with pytest.raises(ValueError, match=r"has \{'epochs': 2\}, this one \{'epochs': 0\}:"):
+        prune_job(**job, blocks=2, resume=True)
 
 
 def test_states_that_a_kill_leaves_in_a_finished_run_go_when_it_is_resumed(tmp_path):

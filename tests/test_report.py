@@ -69,3 +69,10 @@ def test_accuracy_and_time_are_of_the_right_network():
     assert report.pruned.params > report.original.params
     assert report.pruned.seconds[1] > report.original.seconds[1]
     assert [row[0] for row in report.rows()][:4] == ["Top-1 (%)", "Top-5 (%)", "Loss", "Parameters"]
+
+
+def test_a_compiled_network_is_counted_as_what_it_wraps():
+    model = resnet20()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    report = compare(model, whole, torch.zeros(1, 3, 8, 8))
+    assert report.original.macs == report.pruned.macs

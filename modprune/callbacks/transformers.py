@@ -74,7 +74,7 @@ class PruningCallback(TrainerCallback):
         for name in sorted(saved - known):
             raise ValueError(
                 f"{record.parent}: its {name} is unknown to the {type(model).__name__}: the Trainer would leave such "
-                "weights as they are; resume with the release of transformers that wrote it, or load them yourself"
+                "weights as they are; load them yourself, as from_pretrained does, which knows the names of files"
             )
         if state is not None:
             cut_again(model, state)

@@ -155,7 +155,11 @@ def _shortcut(block: nn.Module) -> tuple[fx.Graph, fx.Node, fx.Node]:
     for graph in _graphs(block):
         total, sides = _last_sum(graph, block)
         if total is not None:
-            side = min(sides, key=lambda side: sum(_params_of(_behind(side, values=True), block).values()))
+            held = [_params_of(_behind(side, values=True), block) for side in sides]
+            costs = [sum(sizes.values()) for sizes in held]
+            if costs[0] == costs[1] and held[0] != held[1]:
+                raise ValueError("both sides of its sum hold as many parameters, so none is the shortcut")
+            side = sides[costs.index(min(costs))]
             kept = _behind(side) | (_behind(_output(graph)) - _behind(total))
             if _params_of(_behind(side), block).keys() != _params_of(_behind(side, values=True), block).keys():
                 raise ValueError("its shortcut asks its branch for a shape")

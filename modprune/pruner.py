@@ -78,8 +78,8 @@ class ModularityPruner:
         ignored_layers: Sequence[nn.Module | str] = (),
         iterative_steps: int = 1,
     ) -> None:
-        if iterative_steps < 1 or iterative_steps != int(iterative_steps):
-            raise ValueError(f"iterative_steps={iterative_steps}: a whole number, at least 1, is needed")
+        if not isinstance(iterative_steps, (int, float, np.number)) or not iterative_steps >= 1 or iterative_steps % 1:
+            raise ValueError(f"iterative_steps={iterative_steps!r}: a whole number, at least 1, is needed")
         check_fraction("width", width)
         self.wrapper = model if isinstance(model, (DataParallel, DistributedDataParallel)) else None
         self.model = model = model if self.wrapper is None else self.wrapper.module
@@ -243,6 +243,8 @@ def _inside(name: str, outer: str) -> bool:
 
 def _names(model: nn.Module, layers: Sequence[nn.Module | str]) -> frozenset[str]:
     """Every name of every layer: one that several blocks share keeps them all."""
+    if isinstance(layers, str):
+        raise ValueError(f"ignored_layers={layers!r}: a list is needed, as [{layers!r}]")
     known = dict(model.named_modules(remove_duplicate=False))
     names = set()
     for layer in layers:

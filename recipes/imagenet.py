@@ -261,7 +261,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the calibration images, and of the order of training")
     parser.add_argument("--out", type=Path, required=True, help="folder for all results")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for name in ("epochs", "batch_size", "accumulate"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed")
+    return arguments
 
 
 if __name__ == "__main__":

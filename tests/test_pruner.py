@@ -206,7 +206,11 @@ def test_iterations_meet_the_same_budget_and_measure_anew():
         ({"blocks": 1, "criterion": "magic"}, "criterion 'magic' is unknown: give one of modularity"),
         ({"blocks": 1, "criterion": ["dbp"]}, r"criterion \['dbp'\] is unknown: give one of modularity"),
         ({"blocks": 1, "width": "0.3"}, "width='0.3': a fraction"),
-        ({"blocks": 1, "iterative_steps": 0}, "iterative_steps=0: a whole number"),
+        *(
+            ({"blocks": 1, "iterative_steps": n}, f"iterative_steps={n!r}: a whole number")
+            for n in (0, 1.5, "2", np.inf)
+        ),
+        ({"blocks": 1, "ignored_layers": "layer1"}, r"a list is needed, as \['layer1'\]"),
         ({"blocks": 1, "iterative_steps": 1.5}, "iterative_steps=1.5: a whole number"),
     ],
 )

@@ -257,3 +257,10 @@ def test_your_model(tmp_path, monkeypatch, capsys):
     parameters = [int(number.replace(",", "")) for number in numbers]
     assert parameters[1] > parameters[2] == parameters[3]
     assert (tmp_path / "pruned.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--accumulate"])
+def test_imagenet_does_nothing_with_no_epochs(option, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        recipe("imagenet").parse(["--data-dir", str(tmp_path), "--out", str(tmp_path), option, "0"])
+    assert f"{option} 0: at least 1 is needed" in capsys.readouterr().err

@@ -231,3 +231,17 @@ def test_what_looks_like_a_block_once_others_are_gone_is_none():
     prune = GradualPruning(model, batches, "l1_norm", at=(1, 2), shares=(0.5, 1), blocks=4, example_inputs=X)
     assert sorted(prune(1).remove + prune(2).remove) == sorted(whole)
     assert find_blocks(model, X).refused == dict.fromkeys(("1", "2"), "blocks inside it have been removed")
+
+
+def test_an_average_of_two_heads_has_no_shortcut():
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return (self.one(x) + self.other(x)) / 2
+
+    blocks = find_blocks(nn.Sequential(nn.Conv2d(8, 8, 1), Heads()), X)
+    assert not blocks
+    assert "both sides of its sum hold as many parameters" in blocks.refused["1"]

@@ -19,6 +19,7 @@ from modprune._state import state_kept
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
 SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
 FACTORS = ("MulBackward", "DivBackward")
+LINEAR = ("Convolution", "Addmm", "Mm", "Bmm", "UnsafeView", *FACTORS)
 ACTIVATIONS = (
     *("Relu", "Hardtanh", "Gelu", "Silu", "Hardswish", "LeakyRelu", "Elu", "Mish", "Clamp", "Threshold", "Softplus"),
     *("PreluKernel", "RreluWithNoise", "Tanh", "Celu"),
@@ -325,14 +326,13 @@ def _unscaled(node: Any) -> tuple[int, ...]:
     return (0, 1) if is_any(node, ("AddBackward",)) and getattr(node, "_saved_alpha", 1) == 1 else (0,)
 
 
-def last_sum(end: Any) -> Any:
-    """The node of the sum that ends a computation, but for activations, changes of layout and fixed factors; else None.
+def last_sum(end: Any, factors: tuple[str, ...] = ()) -> Any:
+    """The node of the sum that ends a computation, but for activations, changes of layout and `factors`; else None.
 
     Of two values as they are and of its own shape: in the place of the sum, a smaller one would not fit.
     """
     while (is_any(end, ACTIVATIONS + LAYOUT) and end.next_functions[0][0] is not None) or (
-        # With a number, as where RepVGG has no identity or a sum is scaled, or with a buffer.
-        is_any(end, SUMS + FACTORS) and len(operands(end)) == 1
+        is_any(end, SUMS + factors) and len(operands(end)) == 1  # with a number, as where RepVGG has no identity
     ):
         end = operands(end)[0]
     if not is_any(end, SUMS) or _unscaled(end) != (0, 1) or len(operands(end)) != 2:

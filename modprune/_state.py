@@ -6,11 +6,13 @@ import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import ModuleType
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 TORCHS_OWN = frozenset(vars(nn.Module()))
 CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
@@ -18,68 +20,50 @@ CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Attributes and buffers are put back after the block.
+    """Buffers, attributes and what containers among them hold are put back after the block.
 
-    Not where the model has changed its weights or made new parts in a pass: its state may say so.
+    Not where the model has changed its weights or made new ones in a pass: its state may say so.
     """
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    buffers = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
-    values, weights = [buffer.clone() for buffer in buffers], _weights(model)
-    registered = [(module._buffers, dict(module._buffers)) for module in modules]
-    with attributes_kept(model):
-        try:
-            yield
-        finally:
-            if _weights(model) == weights:
-                for held, before in registered:
-                    held.update(before)
-                for buffer, value in zip(buffers, values, strict=True):
-                    with (
-                        torch.no_grad(),
-                        suppress(NotImplementedError),
-                    ):  # sparse ones: none are compared, or written to
-                        if not torch.equal(buffer, value):  # a write of the same values would spoil graphs it is in
-                            buffer.copy_(value)
-
-
-@contextmanager
-def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """What a module and those inside it hold beside torch's own state is put back after the block.
-
-    The contents of containers and of other objects among the attributes, too. Not where weights have changed.
-    """
-    own = [(m, {name: vars(m)[name] for name in vars(m).keys() - TORCHS_OWN}) for m in module.modules()]
+    own = [(m, {name: vars(m)[name] for name in vars(m).keys() - TORCHS_OWN}) for m in model.modules()]
     held = _containers([value for _, attributes in own for value in attributes.values()])
-    contents, weights = [copy.copy(container) for container in held], _weights(module)
+    held += [m._buffers for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    contents, weights = [copy.copy(container) for container in held], _weights(model)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     try:
         yield
     finally:
-        if _weights(module) == weights:
-            for inner, attributes in own:
-                for name in vars(inner).keys() - TORCHS_OWN - attributes.keys():
-                    delattr(inner, name)
-                vars(inner).update(attributes)
+        if _weights(model) == weights:
+            for module, attributes in own:
+                for name in vars(module).keys() - TORCHS_OWN - attributes.keys():
+                    del vars(module)[name]
+                vars(module).update(attributes)
             for container, before in zip(held, contents, strict=True):
                 container.clear()
                 container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
+            for buffer, value in buffers:
+                with torch.no_grad(), suppress(NotImplementedError):  # sparse ones: none are compared, or written to
+                    if not torch.equal(buffer, value):  # a write of the same values would spoil graphs it is in
+                        buffer.copy_(value)
 
 
 def _containers(values: list[Any]) -> list[Any]:
-    """All containers among values, those in one another too, and the `vars` of what is an object with attributes."""
-    objects = [v for v in values if hasattr(v, "__dict__") and not isinstance(v, (nn.Module, Tensor, type, ModuleType))]
-    found: dict[int, Any] = {}
-    stack = [*values, *(vars(value) for value in objects if not callable(value))]
+    """All containers among values and in one another; of plain objects, the dict of their attributes."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    stack = list(values)
     while stack:
         here = stack.pop()
-        if type(here) in CONTAINERS and id(here) not in found:
-            found[id(here)] = here
-            stack += here.values() if isinstance(here, dict) else here
-        elif isinstance(here, tuple):
-            stack += here
-    return list(found.values())
+        if isinstance(here, SimpleNamespace) or (is_dataclass(here) and not isinstance(here, type)):
+            here = getattr(here, "__dict__", ())
+        if id(here) in seen or not (type(here) in CONTAINERS or isinstance(here, tuple)):
+            continue
+        seen.add(id(here))
+        stack += here.values() if isinstance(here, dict) else here
+        if not isinstance(here, tuple):
+            found.append(here)
+    return found
 
 
-def _weights(module: nn.Module) -> list[tuple[int, int]]:
-    """Which modules and parameters there are, and how often each parameter has been written to."""
-    modules = [(id(inner), 0) for inner in module.modules()]
-    return modules + [(id(p), 0 if p.is_inference() else p._version) for p in module.parameters()]
+def _weights(model: nn.Module) -> list[tuple[int, int]]:
+    """Which parameters there are, and how often each has been written to."""
+    return [(id(p), -1 if is_lazy(p) else 0 if p.is_inference() else p._version) for p in model.parameters()]

@@ -13,7 +13,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modprune._inputs import evaluating, first_line, map_values
-from modprune._state import attributes_kept
+from modprune._state import state_kept
 from modprune.cost import counted_flops
 
 MARK = "modprune_kind"
@@ -42,7 +42,7 @@ def shortcut_only(block: nn.Module) -> fx.GraphModule:
     Raises:
         ValueError: if torch.fx cannot trace the block or it does not end in a sum of two values made from its input.
     """
-    with attributes_kept(block):
+    with state_kept(block):
         graph, total, side = _shortcut(block)
         total.replace_all_uses_with(side)
         kept = _lean(block, graph)
@@ -62,7 +62,7 @@ def traced_and_run(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, 
         ValueError: as `shortcut_only`.
     """
     again, kwagain = map_values(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
-    with attributes_kept(block):
+    with state_kept(block):
         graph, _, side = _shortcut(block)
         with graph.inserting_after(side):
             noted = graph.call_method("clone", (side,))
@@ -112,7 +112,7 @@ def _is_plain(value: Any) -> bool:
 
 def shortcut_parameters(block: nn.Module) -> set[int]:
     """The parameters, by `id`, that `shortcut_only` would keep; its errors."""
-    with attributes_kept(block):
+    with state_kept(block):
         graph, total, side = _shortcut(block)
         return set(_params_of(_behind(side) | (_behind(_output(graph)) - _behind(total)), block))
 
@@ -123,7 +123,7 @@ def traced_kind(block: nn.Module) -> str:
     Raises:
         ValueError: if torch.fx cannot trace the block.
     """
-    with attributes_kept(block):
+    with state_kept(block):
         kinds = [
             "identity" if _has_identity_path(graph, block) else "transition" if _last_sum(graph, block)[0] else ""
             for graph in _graphs(block)
@@ -138,7 +138,7 @@ def traced_outputs(block: nn.Module) -> tuple[int, ...]:
         ValueError: if the block gives back something besides that is made in it, which others may use.
     """
     try:
-        with attributes_kept(block):
+        with state_kept(block):
             graph = next(_graphs(block))
     except ValueError:
         return ()  # most blocks that torch.fx cannot trace give a tensor; with example inputs there is no guess
@@ -228,8 +228,8 @@ def _has_identity_path(graph: fx.Graph, block: nn.Module) -> bool:
 def _last_sum(graph: fx.Graph, block: nn.Module) -> tuple[fx.Node | None, list[fx.Node]]:
     """The sum that ends the block, but for what `last_sum` passes over too, and its operands, both made from x."""
     node = _output(graph)
-    while _is_silent(node, block) or _is_scaled(node, block):
-        node = node.all_input_nodes[0]
+    while inner := node.all_input_nodes[0] if _is_silent(node, block) else _scaled(node, block):
+        node = inner
     sides = _operands(node)
     return (node, sides) if sides and all(_input(graph) in _behind(side) for side in sides) else (None, [])
 
@@ -269,13 +269,13 @@ def _is_silent(node: fx.Node, block: nn.Module) -> bool:
     return node.op in ("call_function", "call_method") and _operation(node) in _SILENT
 
 
-def _is_scaled(node: fx.Node, block: nn.Module) -> bool:
-    """Whether a node is the first of its operands times or over something fixed."""
+def _scaled(node: fx.Node, block: nn.Module) -> fx.Node | None:
+    """What a node multiplies by something fixed, or divides by it; None if it does not."""
     if node.op not in ("call_function", "call_method") or _operation(node) not in _FACTORS or node.kwargs:
-        return False
-    behind = [_behind(side) for side in node.args[1:] if isinstance(side, fx.Node)]
-    fixed = not any(_input(node.graph) in nodes or _params_of(nodes, block) for nodes in behind)
-    return isinstance(node.args[0], fx.Node) and fixed
+        return None
+    behind = {side: _behind(side) for side in node.args if isinstance(side, fx.Node)}
+    made = [side for side, nodes in behind.items() if _input(node.graph) in nodes or _params_of(nodes, block)]
+    return made[0] if len(made) == 1 and ("mul" in _operation(node) or made[0] is node.args[0]) else None
 
 
 def _asks_for_mode(node: fx.Node) -> bool:

@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from modprune._autograd import (
     ACTIVATIONS,
+    FACTORS,
+    LAYOUT,
+    LINEAR,
     SUMS,
     Call,
     Edge,
@@ -201,9 +204,8 @@ def _residual(
         inside = set(seen.module.modules())
         inner = [other for other in (*found, *refused) if calls[other].module in inside]
         # On the path of an identity there are no transitions: those inside it are parts of its branch.
-        rivals = [other for other in inner if kind != "identity" or kinds[other] == "identity"]
-        rivals = [other for other in rivals if not _is_sum_of(calls[other], seen)]
-        if not _is_more_than(seen, kind, [(calls[other], kinds[other]) for other in rivals], norms):
+        rivals = [calls[other] for other in inner if kind != "identity" or kinds[other] == "identity"]
+        if not _is_more_than(seen, kind, [call for call in rivals if not _is_sum_of(call, seen)], norms):
             continue
         try:
             if reason := _obstacle(seen, uses, held):
@@ -237,25 +239,28 @@ def _checkpointed(calls: dict[str, Call], uses: dict[Any, set[Any]]) -> dict[str
     }
 
 
-def _is_more_than(outer: Call, kind: str, inner: Sequence[tuple[Call, str]], norms: Mapping[Edge, Edge]) -> bool:
+def _is_more_than(outer: Call, kind: str, inner: Sequence[Call], norms: Mapping[Edge, Edge]) -> bool:
     """Whether a block with blocks in it is one of its own: it adds something itself, and a quarter of its parameters.
 
-    A stage adds nothing to its blocks. A layer of BERT adds an MLP to its attention, the one block in it. Transitions
-    in a transition that adds something itself are on its sides, as layers with an adapter beside them are.
+    A stage adds nothing to its blocks. A layer of BERT adds an MLP to its attention, the one block in it. A linear sum
+    inside a transition is a layer with an adapter beside it, and counts as what the transition adds itself.
     """
     if not inner:
         return True
     assert outer.end is not None
     inside: set[Any] = set()
-    for call, _ in inner:
+    size = 0
+    for call in inner:
         assert call.end is not None
-        inside |= between(call.end[0], call.start) - {call.start[0]}
+        own = between(call.end[0], call.start) - {call.start[0]}
+        inside |= own
+        if kind != "transition" or not all(is_any(node, LINEAR + SUMS + LAYOUT) or is_parameter(node) for node in own):
+            size += sum(call.own.values())
     if kind == "transition":
-        adds = last_sum(outer.end[0]) not in inside
+        adds = last_sum(outer.end[0], FACTORS) not in inside
     else:
         adds = identity_path(outer.end, outer.start, norms, without=inside) == "branch"
-    sizes = [size for call, its in inner if its == "identity" for size in call.own.values()]
-    return adds and 3 * sum(outer.own.values()) >= 4 * sum(sizes)
+    return adds and 3 * sum(outer.own.values()) >= 4 * size
 
 
 def _is_sum_of(inner: Call, outer: Call) -> bool:
@@ -270,12 +275,14 @@ def _kind(seen: Call, norms: Mapping[Edge, Edge]) -> str:
     path = identity_path(seen.end, seen.start, norms) if seen.shape == seen.x.shape else ""
     if path == "branch" or (path == "other" and _is_fed(seen)):
         return "identity"
-    total = last_sum(seen.end[0])
+    whole = last_sum(seen.end[0])
+    total = last_sum(seen.end[0], FACTORS) if whole is None else whole
     sides = [] if total is None else [between(operand, seen.start) for operand in operands(total)]
     if not sides or any(seen.start[0] not in side for side in sides):
         return ""
     one, other = ({id(parameter) for parameter in parameters(side)} for side in sides)
-    return "transition" if one != other else ""
+    # What is scaled may be a mean of two heads, unless one side of it has nothing that is learned.
+    return "transition" if one != other and (whole is not None or not one or not other) else ""
 
 
 def _held(model: nn.Module) -> dict[nn.Module, str]:

@@ -60,7 +60,7 @@ class Budget:
 
         Empty if nothing is, or if no block may go at this stage, whatever fractions are still to be met.
         """
-        due = math.ceil((self.blocks or 0) * share - 1e-9)
+        due = round((self.blocks or 0) * share)
         share = due / self.blocks if self.blocks else share  # of the fractions, what so many blocks stand for
         asked = {name: getattr(self, name) for name in ("flops", "params", "latency")}
         missing = {name: value * share - freed[name] for name, value in asked.items() if value is not None}

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from modprune._inputs import arguments, first_tensor, like
 from modprune._trace import MARK, notes, set_lasting, shortcut_only
@@ -80,8 +81,12 @@ def stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) ->
 
 def _listening(hooks: dict[int, Any]) -> dict[int, Any]:
     """The very same hooks, so that their handles remove them here too; without those that compute a weight."""
-    staying = {key: hook for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")}
+    staying = {key: hook for key, hook in hooks.items() if not _computes_weights(hook)}
     return hooks if len(staying) == len(hooks) else type(hooks)(staying)
+
+
+def _computes_weights(hook: Any) -> bool:
+    return isinstance(hook, BasePruningMethod) or type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def _stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) -> dict[str, nn.Module]:

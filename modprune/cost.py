@@ -103,7 +103,8 @@ class Flops(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = getattr(function, "_overloadpacket", None)
         formula = flop_registry.get(packet)
-        if formula is None and torch.is_inference_mode_enabled():  # in which layers arrive whole
+        whole = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()  # layers are, in that mode
+        if whole and formula is None and isinstance(function, torch._ops.OpOverload):
             with self:
                 out = function.decompose(*args, **(kwargs or {}))
             if out is not NotImplemented:

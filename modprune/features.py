@@ -195,7 +195,7 @@ class LayerGrams:
         last: set[str] = set()
 
         def look(layer: str, x: Tensor, _: int) -> None:
-            columns[layer], scales[layer] = x[0].numel(), _scale(float(x.abs().amax()))
+            columns[layer], scales[layer] = x[0].numel(), _scale(x)
             if not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
                 last.add(layer)
 
@@ -240,9 +240,10 @@ class LayerGrams:
         return dict(zip(own, to_owners(list(kept.values()), counts), strict=True))
 
 
-def _scale(largest: float) -> float:
-    """A power of two, which rounds nothing, by which to multiply features for float32 to hold their squares."""
-    return 1.0 if 1e-9 < largest < 1e9 or not 0 < largest < math.inf else 2.0 ** -round(math.log2(largest))
+def _scale(x: Tensor) -> float:
+    """A power of two, which rounds nothing, by which to multiply features for float32 to hold the squares of most."""
+    largest = float(x.flatten(1).abs().amax(1).min()) if x.numel() else 0.0
+    return 1.0 if 1e-9 < largest < 1e9 or not 0 < largest < math.inf else 2.0 ** min(126, -math.frexp(largest)[1])
 
 
 def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str, Tensor]:
@@ -267,8 +268,8 @@ def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str,
         own = [p.shape for p in model.get_submodule(layer).parameters() if p.ndim]
         sizes, rows = {shape[0] for shape in own}, {shape[0] for shape in own if len(shape) == 2}
         convolved = features.shape[1] in {shape[0] for shape in own if len(shape) == features.ndim}
-        last = features.shape[-1] in rows or (features.shape[-1] in sizes and features.shape[1] not in sizes)
-        last = last and not convolved
+        matched = features.shape[-1] in rows or (features.shape[-1] in sizes and features.shape[1] not in sizes)
+        last = matched and not convolved
         if features.ndim > 2:
             features = features.flatten(1, -2).mean(1) if last else features.flatten(2).mean(2)
         parts[layer].append(features.float().cpu())

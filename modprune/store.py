@@ -100,13 +100,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 def is_plain(path: str | Path) -> bool:
     """Whether a file holds weights that are not by `save`; False where it cannot be read, for `load` to say why."""
-    if Path(path).suffix != ".safetensors":
-        return Path(path).is_file()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return "modprune" not in (file.metadata() or {})
     except Exception:  # safetensors raises a class of its own
-        return False
+        return Path(path).suffix != ".safetensors" and Path(path).is_file()
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:

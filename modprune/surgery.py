@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,11 @@ from modprune._inputs import (
     evaluating,
     first_line,
     first_tensor,
-    modes_kept,
     opened,
     to_device,
 )
 from modprune._probe import differ, filled
-from modprune._random import is_untouched, random_state, undisturbed
+from modprune._random import is_untouched, random_state
 from modprune._state import state_kept
 from modprune._trace import MARK, traced_kind, traced_outputs
 from modprune.blocks import Block, check_bare, find_blocks
@@ -60,7 +59,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) 
         return remove_blocks(model, plan.remove, **blocks)
     if example_inputs is None:
         raise ValueError("the plan cuts channels too: give example_inputs, which torch-pruning traces the model with")
-    before = _before(model, example_inputs)
+    before = _shapes(_outputs(model, example_inputs))
     trial = remove_blocks(copy.deepcopy(model), plan.remove, **blocks)
     count = count_params(trial)
     narrow(trial, plan.width, example_inputs)  # what can fail fails on the trial
@@ -96,8 +95,8 @@ def remove_blocks(
         outputs: the form of what each gives back, see `Block.outputs`; found out in the same way if empty.
         example_inputs: if given, `find_blocks` has the word on what can go and how, and the surgery is proven: outputs
             have the shapes they had, and the values they have with the blocks' parameters zero where each gives its
-            input back then; it runs in training mode if it did; and the parameters fell by what the blocks hold. A
-            dependency graph is built; where torch-pruning cannot build one, a warning says so.
+            input back then; and the parameters fell by what the blocks hold. What it does in training mode alone is not
+            looked at. A dependency graph is built; where torch-pruning cannot build one, a warning says so.
 
     Raises:
         ValueError: for unknown or unsuitable names, and wrapped models; the model is as it was.
@@ -114,7 +113,7 @@ def remove_blocks(
         return model
     blocks = _choose(model, names, kinds, example_inputs)
     new = [stand_ins(model, block.name, block.kind, block.outputs) for block in blocks]
-    before, skipped = _before(model, example_inputs), _skipped(model, blocks, new, example_inputs)
+    before, skipped = _shapes(_outputs(model, example_inputs)), _skipped(model, blocks, new, example_inputs)
     most = count_params(model) - sum(block.params for block in blocks)  # fewer if they share some among themselves
     originals = swap(model, _merged(new))
     if problem := _problem(model, _merged(new), example_inputs, before, most, skipped):
@@ -227,33 +226,11 @@ def _changing(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
         yield changed
 
 
-class _Before(NamedTuple):
-    """What a model gives before surgery, and whether it runs in training mode: with one sample not every one does."""
-
-    shapes: list[tuple[int, ...]]
-    trains: bool
-
-
-def _before(model: nn.Module, example_inputs: Any) -> _Before:
-    return _Before(_shapes(_outputs(model, example_inputs)), not _error_in_training(model, example_inputs))
-
-
-def _error_in_training(model: nn.Module, example_inputs: Any) -> str:
-    """What keeps the model from a forward pass in training mode; empty if nothing does."""
-    with torch.no_grad(), modes_kept(model), undisturbed(None), state_kept(model):
-        model.train()
-        try:
-            call(model, to_device(example_inputs, device_of(model)))
-        except Exception as error:
-            return first_line(error)
-    return ""
-
-
 def _problem(
     model: nn.Module,
     new: Mapping[str, nn.Module],
     example_inputs: Any,
-    before: _Before,
+    before: list[tuple[int, ...]],
     most: int,
     skipped: Sequence[Tensor] = (),
 ) -> str:
@@ -274,8 +251,8 @@ def _problem(
         except Exception as error:
             return first_line(error)
     after, count = _shapes(outputs), count_params(model)
-    if not _alike(before.shapes, after, batch_size(example_inputs)):
-        return f"the output had shape {before.shapes}, now {after}"
+    if not _alike(before, after, batch_size(example_inputs)):
+        return f"the output had shape {before}, now {after}"
     if count > most:
         return f"{count:,} parameters are left where {most:,} at most were expected"
     if past := [name for name in new if name not in passed]:
@@ -285,8 +262,6 @@ def _problem(
         return f"a layer writes in place into what now goes through {written[0]}: make it one that does not"
     if skipped and not _same(outputs, skipped):
         return "the output is not that of skipped blocks: some part of the network looks at them or at what they hold"
-    if before.trains and (fault := _error_in_training(model, example_inputs)):
-        return f"in training mode, {fault}"
     return ""
 
 
@@ -329,7 +304,7 @@ def _culprit(
     blocks: Sequence[Block],
     new: Sequence[dict[str, nn.Module]],
     example_inputs: Any,
-    before: _Before,
+    before: list[tuple[int, ...]],
 ) -> str:
     """The name of the first block that cannot go even alone; empty if each can."""
     for block, parts in zip(blocks, new, strict=True):

@@ -192,7 +192,7 @@ def test_iterations_meet_the_same_budget_and_measure_anew():
     before = copy.deepcopy(model)
     plan = ModularityPruner(model, X, loader(), criterion, blocks=5, iterative_steps=3).plan()
     assert len(plan.remove) == 5
-    assert seen == [15, 13, 11]
+    assert seen == [15, 13, 12]
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True)
     )

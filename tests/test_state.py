@@ -164,6 +164,26 @@ class Rescaling(Net):
         return super().forward(x)
 
 
+class Growing(Net):
+    """Makes a layer without weights in every pass."""
+
+    def __init__(self) -> None:
+        super().__init__(Residual(), Residual())
+        self.seen = []
+
+    def forward(self, x):
+        self.resize = nn.Upsample(size=x.shape[-2:])
+        self.seen.append(x)
+        return super().forward(self.resize(x))
+
+
+def test_layers_that_come_or_fill_themselves_in_a_pass_are_no_obstacle():
+    growing, lazy = Growing(), Net(Residual(), nn.LazyConv2d(8, 1), Residual())
+    assert find_blocks(growing, X).names == ("blocks.0", "blocks.1")
+    assert growing.seen == []
+    assert find_blocks(lazy, X).names == ("blocks.0", "blocks.2")
+
+
 class Building(nn.Module):
     """Makes its network when it is first used."""
 

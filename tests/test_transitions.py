@@ -46,6 +46,10 @@ def remembering(m, x):
     return y + m.shortcut(x)
 
 
+def doubled(x):
+    return F.avg_pool2d(x, 2).repeat(1, 2, 1, 1)
+
+
 def padded(m, x):
     y, short = m.branch(x), F.avg_pool2d(x, 2)
     return y + F.pad(short, (0, 0, 0, 0, 0, y.size(1) - short.size(1)))
@@ -77,8 +81,8 @@ GOOD = {
     "plus a number": lambda m, x: F.relu(m.branch(x) + m.shortcut(x) + 0),
     "constants": lambda m, x: m.branch(x) + F.avg_pool2d(x, 2).repeat(1, 2, 1, 1) * m.kernel * torch.tensor(0.5),
     "notes of its own": remembering,
-    "over a number": lambda m, x: m.act(m.branch(x) + m.shortcut(x)) / 2**0.5,
-    "times a buffer": lambda m, x: (m.branch(x) + m.shortcut(x)) * m.kernel,
+    "over a number": lambda m, x: m.act(m.branch(x) + doubled(x)) / 2**0.5,
+    "times a buffer": lambda m, x: m.kernel * (m.branch(x) + doubled(x)),
     "decorated": lambda m, x: m.branch(x) + m.shortcut(x),
     "a product of values": lambda m, x: m.branch(x) + (y := m.shortcut(x)) @ y.mT,
 }
@@ -233,15 +237,67 @@ def test_what_looks_like_a_block_once_others_are_gone_is_none():
     assert find_blocks(model, X).refused == dict.fromkeys(("1", "2"), "blocks inside it have been removed")
 
 
-def test_an_average_of_two_heads_has_no_shortcut():
+@pytest.mark.parametrize("mean", [lambda a, b: (a + b) / 2, lambda a, b: 0.5 * (a + b), lambda a, b: (a + b) * (a > 0)])
+def test_a_mean_of_two_heads_has_no_shortcut_and_hides_no_unit(mean):
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(8, 4, 1), nn.Sequential(nn.Conv2d(8, 16, 1), nn.Conv2d(16, 4, 1))
+
+        def forward(self, x):
+            return mean(self.one(x), self.other(x))
+
+    blocks = find_blocks(
+        nn.Sequential(
+            nn.Conv2d(8, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            Heads(),
+        ),
+        X,
+    )
+    assert blocks.names == ("3",)
+
+
+def test_two_sides_that_cost_the_same_have_no_shortcut():
     class Heads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.one, self.other = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
 
         def forward(self, x):
-            return (self.one(x) + self.other(x)) / 2
+            return self.one(x) + self.other(x)
 
     blocks = find_blocks(nn.Sequential(nn.Conv2d(8, 8, 1), Heads()), X)
     assert not blocks
     assert "both sides of its sum hold as many parameters" in blocks.refused["1"]
+
+
+class Around(nn.Module):
+    """A shortcut around a whole stage, beside those of its blocks."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks, self.level = nn.Sequential(*blocks), nn.Conv2d(8, 16, 1, 2)
+
+    def forward(self, x):
+        return F.relu(self.level(x) + self.blocks(x))
+
+
+class Plain(nn.Module):
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(before, after, 3, after // before, 1), nn.Conv2d(after, after, 3, padding=1)
+        self.short = nn.Conv2d(before, after, 1, 2) if before < after else nn.Identity()
+
+    def forward(self, x):
+        return F.relu(self.two(F.relu(self.one(x))) + self.short(x))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_shortcut_around_a_stage_leaves_its_blocks_what_they_are(count):
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), Around(Plain(8, 16), *(Plain(16, 16) for _ in range(count))))
+    assert find_blocks(model, X).names == tuple(f"1.blocks.{i}" for i in range(count + 1))

@@ -22,17 +22,17 @@ CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Buffers, attributes and what containers among them hold are put back after the block.
 
-    Not where the model has changed its weights or made new ones in a pass: its state may say so.
+    Not where the model has changed its weights, or made new ones or hooks, in a pass: its state may say so.
     """
     own = [(m, {name: vars(m)[name] for name in vars(m).keys() - TORCHS_OWN}) for m in model.modules()]
     held = _containers([value for _, attributes in own for value in attributes.values()])
     held += [m._buffers for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    contents, weights = [copy.copy(container) for container in held], _weights(model)
+    contents, made = [copy.copy(container) for container in held], _made(model)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     try:
         yield
     finally:
-        if _weights(model) == weights:
+        if _made(model) == made:
             for module, attributes in own:
                 for name in vars(module).keys() - TORCHS_OWN - attributes.keys():
                     del vars(module)[name]
@@ -64,6 +64,8 @@ def _containers(values: list[Any]) -> list[Any]:
     return found
 
 
-def _weights(model: nn.Module) -> list[tuple[int, int]]:
-    """Which parameters there are, and how often each has been written to."""
-    return [(id(p), -1 if is_lazy(p) else 0 if p.is_inference() else p._version) for p in model.parameters()]
+def _made(model: nn.Module) -> list[tuple[int, int]]:
+    """Which parameters and hooks there are, and how often each parameter has been written to."""
+    hooks = [(id(m), len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules()]
+    written = [(id(p), -1 if is_lazy(p) else 0 if p.is_inference() else p._version) for p in model.parameters()]
+    return [hooked for hooked in hooks if hooked[1]] + written

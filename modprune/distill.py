@@ -121,11 +121,11 @@ def _cross_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
 
 @contextmanager
 def teaching(teacher: nn.Module | Teacher | None) -> Iterator[Teacher | None]:
-    """The teacher as a callable from a batch to logits; a module is in eval mode meanwhile."""
+    """The teacher as a callable from a batch to logits, without gradients; a module is in eval mode meanwhile."""
     if not isinstance(teacher, nn.Module):
         if not (teacher is None or callable(teacher)):
             raise ValueError(f"teacher={teacher!r}: a module, or a callable from a batch to logits, is needed")
-        yield teacher
+        yield teacher and torch.no_grad()(teacher)
         return
 
     @torch.no_grad()

@@ -143,4 +143,4 @@ def _removed(original: int, pruned: int) -> float:
 
 
 def _percent(removed: float) -> str:
-    return f"{-removed:+.2%}".replace("%", " %")
+    return f"{0.0 - removed:+.2%}".replace("%", " %")  # nothing removed is no -0

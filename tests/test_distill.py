@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from modprune.data import ImageLoader, digits
 from modprune.distill import CachedTeacher, distillation_loss, logits_of
+from modprune.finetune import finetune
 from modprune.models import CifarResNet
 
 DATA = digits(True).subset(torch.arange(256))
@@ -58,3 +59,10 @@ def test_a_cached_teacher_looks_at_each_image_so_many_times():
     again.load_state_dict(cached.state_dict())
     assert torch.equal(again(batch), cached(batch))
     assert sum(seen) == 2 * len(DATA)
+
+
+def test_a_teacher_of_ones_own_learns_nothing():
+    teachers = [CifarResNet((1, 1, 1)).eval() for _ in range(2)]
+    loader = ImageLoader(DATA.subset(torch.arange(64)), 64)
+    finetune(CifarResNet((1, 1, 1)), loader, teacher=lambda batch: sum(t(batch[0]) for t in teachers) / 2, epochs=1)
+    assert all(p.grad is None for teacher in teachers for p in teacher.parameters())

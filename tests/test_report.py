@@ -71,6 +71,10 @@ def test_accuracy_and_time_are_of_the_right_network():
     assert [row[0] for row in report.rows()][:4] == ["Top-1 (%)", "Top-5 (%)", "Loss", "Parameters"]
 
 
+def test_what_is_equal_has_not_changed():
+    assert "-0.00 %" not in str(compare(resnet20(), resnet20(), torch.zeros(1, 3, 8, 8)))
+
+
 def test_a_compiled_network_is_counted_as_what_it_wraps():
     model = resnet20()
     whole = torch.compile(model, backend="eager", fullgraph=True)

@@ -164,6 +164,31 @@ class Rescaling(Net):
         return super().forward(x)
 
 
+class Capturing(Net):
+    """Makes hooks in its first pass and notes that, as transformers do to give features back."""
+
+    def __init__(self) -> None:
+        super().__init__(Residual(), Residual(), Residual())
+        self.ready, self.features = False, []
+
+    def forward(self, x):
+        if not self.ready:
+            self.ready = True
+            for block in self.blocks:
+                block.register_forward_hook(lambda _, __, out: self.features.append(out))
+        self.features = []
+        return super().forward(x), *self.features
+
+
+def test_hooks_that_a_network_makes_itself_are_made_once():
+    model = Capturing().eval()
+    assert len(find_blocks(model, X)) == 3
+    assert len(model(X)) == 4
+    fresh = Capturing().eval()
+    PruningPlan(("blocks.1",)).apply(fresh, X)
+    assert len(fresh(X)) == 4
+
+
 class Growing(Net):
     """Makes a layer without weights in every pass."""
 

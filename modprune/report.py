@@ -130,10 +130,11 @@ def compare(
 def _summary(
     model: nn.Module, example_inputs: Any, seconds: dict[int, float], val_loader: Iterable[Any] | None
 ) -> Summary:
-    counts = macs_by_counter(bare(model), example_inputs)  # what is compiled is not seen
+    counted = bare(model)  # in what is compiled nothing is seen
+    counts = macs_by_counter(counted, example_inputs)
     macs = {counter: by_module[""] for counter, by_module in counts.items()}
     far = [name for name, count in macs.items() if abs(count - macs["modprune"]) > TOLERANCE * macs["modprune"]]
-    differences = mac_differences(bare(model), counts) if far else {}
+    differences = mac_differences(counted, counts) if far else {}
     accuracy = evaluate(model, val_loader) if val_loader is not None else None
     return Summary(count_params(model), macs, seconds, accuracy, {name: differences[name] for name in far})
 

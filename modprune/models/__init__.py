@@ -11,16 +11,25 @@ from modprune.models.resnet18 import CifarResNet18, resnet18
 from modprune.models.vgg import CifarVGG, vgg11_bn, vgg13_bn, vgg16_bn, vgg19_bn
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "resnet20": resnet20,
-    "resnet32": resnet32,
-    "resnet44": resnet44,
-    "resnet56": resnet56,
-    "resnet110": resnet110,
-    "resnet18": resnet18,
-    "vgg11_bn": vgg11_bn,
-    "vgg13_bn": vgg13_bn,
-    "vgg16_bn": vgg16_bn,
-    "vgg19_bn": vgg19_bn,
-}
+    build.__name__: build
+    for build in (
+        resnet20, resnet32, resnet44, resnet56, resnet110, resnet18, vgg11_bn, vgg13_bn, vgg16_bn, vgg19_bn,
+    )
+}  # fmt: skip
 
-__all__ = ["MODELS", "CifarResNet", "CifarResNet18", "CifarVGG", *MODELS]
+__all__ = [
+    "MODELS",
+    "CifarResNet",
+    "CifarResNet18",
+    "CifarVGG",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "vgg11_bn",
+    "vgg13_bn",
+    "vgg16_bn",
+    "vgg19_bn",
+]

@@ -253,34 +253,37 @@ def latency_by_module(
 ) -> dict[str, float]:
     """Least seconds of a forward pass, under "", and of what each module named takes of it.
 
-    Of many passes: what else runs on a machine takes time from the whole far more often than from a part, so that of
-    medians the parts would seem small.
+    The least of many passes for each part, and for the rest between them; the whole is their sum. What else runs on a
+    machine disturbs every pass somewhere: beside whole passes, even the fastest, the parts would seem small.
 
     Args:
         model: run in eval mode without gradients, on its own device; left as found.
-        names: of modules.
+        names: of modules, none inside another.
         example_inputs: as it is: its batch size counts.
         seconds: about how long to measure.
     """
-    inputs = to_device(example_inputs, device_of(model))
+    inputs, device = to_device(example_inputs, device_of(model)), device_of(model)
     running: dict[str, float] = {}
-    taken: dict[str, list[float]] = {name: [] for name in ("", *names)}
+    passes: list[dict[str, float]] = []
 
     def start(name: str, *_: object) -> None:
-        running[name] = _clock(device_of(model))
+        running[name] = _clock(device)
 
     def stop(name: str, *_: object) -> None:
-        taken[name].append(_clock(device_of(model)) - running[name])
+        passes[-1][name] += _clock(device) - running[name]
 
     with ExitStack() as hooks, torch.no_grad(), evaluating(model):
-        for name in taken:
+        for name in names:
             module = model.get_submodule(name)
             hooks.enter_context(module.register_forward_pre_hook(partial(start, name)))
             hooks.enter_context(module.register_forward_hook(partial(stop, name)))
         started = time.perf_counter()
-        while time.perf_counter() - started < seconds or len(taken[""]) < 4:
-            call(model, inputs)
-    return {name: min(values[1:], default=0.0) for name, values in taken.items()}
+        while time.perf_counter() - started < seconds or len(passes) < 4:
+            passes.append(dict.fromkeys(names, 0.0))
+            whole = _seconds(model, inputs)
+            passes[-1][""] = whole - sum(passes[-1].values())
+    least = {name: min(times[name] for times in passes[1:]) for name in ("", *names)}  # the first one warms up
+    return least | {"": sum(least.values())}
 
 
 def _seconds(model: nn.Module, inputs: Any) -> float:

@@ -70,20 +70,22 @@ def states(folder: Path) -> list[Path]:
 
 
 def difference(state: Path, tensors: Mapping[str, Tensor]) -> str:
-    """The first tensor of a state that `tensors` has not in that shape, in words; empty if they fit.
+    """The first tensor that is not of the same shape in a state and in `tensors`, in words; empty if they fit.
 
     Raises:
         ValueError: if the state cannot be read.
     """
     try:
         with safe_open(state / "model.safetensors", framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            theirs = {name: f"of shape {tuple(file.get_slice(name).get_shape())}" for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises a class of its own
         raise ValueError(f"{state}: cannot be read ({first_line(error)}): start in a new folder") from None
-    for name, shape in shapes.items():
-        mine = tuple(tensors[name].shape) if name in tensors else "missing"
-        if mine != shape:
-            return f"{name} is of shape {shape} there and {mine} here"
+    kept = {tensors[name].data_ptr() for name in theirs if name in tensors}  # what has two names is there under one
+    mine = {n: f"of shape {tuple(t.shape)}" for n, t in tensors.items() if n in theirs or t.data_ptr() not in kept}
+    for name in (*theirs, *mine):
+        there, here = theirs.get(name, "missing"), mine.get(name, "missing")
+        if there != here:
+            return f"{name} is {there} there and {here} here"
     return ""
 
 

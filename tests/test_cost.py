@@ -197,7 +197,7 @@ def test_a_machine_that_disturbs_every_pass_somewhere_makes_no_part_seem_small(m
 
         def forward(self, x):
             Late.calls += 1
-            Slow.now += 10 * (Late.calls % 4 == 0)  # of three parts, another one in every pass but the fourth
+            Slow.now += 10 * (Late.calls % 4 == 0)  # in every pass that counts, another part
             return super().forward(x)
 
     monkeypatch.setattr("modprune.cost._clock", lambda device: Slow.now)

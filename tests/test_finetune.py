@@ -186,11 +186,14 @@ def test_a_damaged_state_is_named(tmp_path):
 
 def test_a_state_of_another_network_is_refused_before_it_is_loaded(tmp_path):
     finetune(network(), loader(), epochs=1, checkpoints=tmp_path, progress=False)
-    other = CifarResNet((1, 1, 1), num_classes=11)
-    before = copy.deepcopy(other)
-    with pytest.raises(ValueError, match=r"linear.bias is of shape \(10,\) there and \(11,\) here"):
-        finetune(other, loader(), epochs=2, checkpoints=tmp_path, resume=True, progress=False)
-    assert same(other, before)
+    for other, message in (
+        (CifarResNet((1, 1, 1), num_classes=11), r"linear.bias is of shape \(10,\) there and of shape \(11,\) here"),
+        (CifarResNet((2, 1, 1)), "layer1.1.conv1.weight is missing there and of shape"),
+    ):
+        before = copy.deepcopy(other)
+        with pytest.raises(ValueError, match=message):
+            finetune(other, loader(), epochs=2, checkpoints=tmp_path, resume=True, progress=False)
+        assert same(other, before)
 
 
 def test_what_a_loop_before_has_left_does_not_count():
@@ -492,3 +495,17 @@ def test_two_processes_learn_what_one_learns_from_batches_twice_as_large(tmp_pat
             for key in ("epoch", "loss", "lr", "top1"):
                 expected = [epoch[key] for epoch in history[loader]]
                 assert [epoch[key] for epoch in shared[loader]] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+class Tied(CifarResNet):
+    """With a second name for one of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 1, 1))
+        self.again = self.linear.weight
+
+
+def test_a_network_with_tied_weights_goes_on(tmp_path):
+    finetune(Tied(), loader(), epochs=1, checkpoints=tmp_path, progress=False)
+    done = finetune(Tied(), loader(), epochs=2, checkpoints=tmp_path, resume=True, progress=False)
+    assert len(done) == 2

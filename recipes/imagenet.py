@@ -12,13 +12,16 @@ from the update that it came at (in several processes from one of the next), aft
 import argparse
 import copy
 import json
+import math
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from PIL.Image import DecompressionBombError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,17 +32,19 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import modprune
-from modprune.checkpoints import check_empty, load_newest, save_state
+from modprune.checkpoints import check_empty, check_writable, load_newest, save_state
 from modprune.criteria import Modularity
 from modprune.finetune import autocast_dtype
 from modprune.recipe import warmup_cosine
 from modprune.signals import Notice, put_off
 from modprune.specs import build_model
+from modprune.store import checksum
 
 SIZE, RESIZE = 224, 256  # of images that are trained on, and of the short side before the middle of it is tested on
 MEAN, STD, INTERPOLATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear"
 MOMENTUM, WEIGHT_DECAY, SMOOTHING = 0.9, 1e-4, 0.1  # of torchvision's reference for ResNets
 DISTILL, TEMPERATURE = 0.5, 1.0
+RESULTS = ("plan.json", "report.json", "model.safetensors")
 MAY_DIFFER = ("data_dir", "workers", "epochs", "out", "resume")  # of the arguments of a run and its resumption
 BUDGET = 2**33  # bytes of features that are held at a time: with less, images are forwarded more often
 LOOK = 25  # updates between looks at the loss and at the others, which an accelerator has to wait for
@@ -56,19 +61,20 @@ class Images(ImageFolder):
         """An image and its class, or None."""
         path, label = self.samples[index]
         try:
-            return self.transform(self.loader(path)), label
-        except OSError as error:
+            image = self.loader(path)
+        except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:  # what PIL has for damaged files
             if not self.unread[index]:
                 print(f"skipped {path}: {str(error).splitlines()[0]}", file=sys.stderr)
             self.unread[index] = True
             return None
+        return self.transform(image), label
 
 
 def together(samples: list[tuple[Tensor, int] | None]) -> list[Tensor]:
     """A batch of the images that could be read."""
     read = [sample for sample in samples if sample is not None]
     if not read:
-        raise OSError(f"none of the {len(samples)} images of a batch can be read")
+        raise OSError(f"none of the {len(samples)} images of a batch can be read: remove the files that were skipped")
     return default_collate(read)
 
 
@@ -86,22 +92,24 @@ def pretrained(spec: str, weights: str) -> nn.Module:
     return get_model(name, weights="DEFAULT")
 
 
-def transforms(spec: str, model: nn.Module) -> tuple[int, v2.Compose, v2.Compose]:
+def transforms(spec: str, model: nn.Module) -> tuple[int, Callable, Callable]:
     """The size of a network's images, and what makes them for training and for testing."""
     source, _, name = spec.partition(":")
-    size, resize, mean, std, mode = SIZE, RESIZE, MEAN, STD, INTERPOLATION
+    size, mean, std, mode = SIZE, MEAN, STD, InterpolationMode(INTERPOLATION)
+    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    test = v2.Compose([v2.Resize(RESIZE, mode), v2.CenterCrop(size), *tensor, v2.Normalize(mean, std)])
     if source == "torchvision":
-        published = get_model_weights(name)["DEFAULT"].transforms()
-        size, resize, mode = published.crop_size[0], published.resize_size[0], published.interpolation.value
-        mean, std = published.mean, published.std
+        test = get_model_weights(name)["DEFAULT"].transforms()
+        size, mean, std, mode = test.crop_size[0], test.mean, test.std, test.interpolation
     if source == "timm":
-        published = model.pretrained_cfg
-        size, mode = published["input_size"][-1], published["interpolation"]
-        resize, mean, std = round(size / published["crop_pct"]), published["mean"], published["std"]
-    how = {"interpolation": InterpolationMode(mode), "antialias": True}
-    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    train = v2.Compose([v2.RandomResizedCrop(size, **how), v2.RandomHorizontalFlip(), *tensor])
-    return size, train, v2.Compose([v2.Resize(resize, **how), v2.CenterCrop(size), *tensor])
+        from timm.data import create_transform, resolve_model_data_config
+
+        published = resolve_model_data_config(model)
+        test = create_transform(**published)
+        size, mean, std = published["input_size"][-1], published["mean"], published["std"]
+        mode = InterpolationMode(published["interpolation"])
+    crop = v2.RandomResizedCrop(size, interpolation=mode)
+    return size, v2.Compose([crop, v2.RandomHorizontalFlip(), *tensor, v2.Normalize(mean, std)]), test
 
 
 class Training:
@@ -125,7 +133,7 @@ class Training:
         with put_off(signal.SIGTERM) as told:
             for epoch in range(first, self.epochs):
                 self.epoch(epoch, begun if epoch == first else 0, teacher, told)
-                save_state(self.accelerator, self.checkpoints, epoch + 1)
+                self.save(epoch + 1)
                 if told.anywhere():
                     told.obey()
                 if self.accelerator.is_main_process:
@@ -155,8 +163,14 @@ class Training:
                     raise RuntimeError(f"epoch {epoch + 1}, step {step}: the loss is {loss}; try a lower --lr")
                 bar.set_postfix(loss=f"{loss.item():.3f}")
             if (look or self.accelerator.num_processes == 1) and told.anywhere():
-                save_state(self.accelerator, self.checkpoints, epoch, step)
+                self.save(epoch, step)
                 told.obey()
+
+    def save(self, epoch: int, step: int = 0) -> None:
+        """The state, in the place of the one before, unless nothing could go on from it."""
+        if not all(parameter.isfinite().all() for parameter in self.bare.parameters()):
+            raise RuntimeError(f"epoch {epoch + bool(step)}: the weights are no longer finite; try a lower --lr")
+        save_state(self.accelerator, self.checkpoints, epoch, step)
 
     def loss(self, images: Tensor, labels: Tensor, teacher: nn.Module) -> Tensor:
         """What the labels and the teacher say."""
@@ -170,17 +184,21 @@ class Training:
 
 def main(arguments: argparse.Namespace) -> None:
     """Prune, fine-tune, report."""
-    if not arguments.resume:
-        check_empty(arguments.out / "checkpoints")
-    precision = "bf16" if autocast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
+    check_out(arguments)
+    cuda = torch.cuda.is_available()
+    precision = "bf16" if autocast_dtype(torch.device("cuda" if cuda else "cpu")) else "no"
     # The order of an epoch is the same when it is begun again.
     order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed)
     accelerator = Accelerator(
-        mixed_precision=precision, gradient_accumulation_steps=arguments.accumulate, dataloader_config=order
-    )
+        mixed_precision=precision, gradient_accumulation_steps=arguments.accumulate, dataloader_config=order,
+        cpu=not torch.accelerator.is_available(),  # else torchrun's processes on CPUs are taken for one each
+    )  # fmt: skip
     teacher = pretrained(arguments.model, arguments.weights).to(accelerator.device).eval()
     size, augmented, as_is = transforms(arguments.model, teacher)
     train, test = Images(arguments.data_dir / "train", augmented), Images(arguments.data_dir / "val", as_is)
+    example = torch.zeros(1, 3, size, size, device=accelerator.device)
+    with torch.no_grad():
+        check_classes(arguments, train, test, teacher(example).shape[1])
     options = {"batch_size": arguments.batch_size, "num_workers": arguments.workers, "collate_fn": together}
     train_loader = accelerator.prepare(DataLoader(train, shuffle=True, drop_last=True, **options))
     test_loader = DataLoader(test, **options)
@@ -189,11 +207,12 @@ def main(arguments: argparse.Namespace) -> None:
             f"{len(train)} images for --batch-size {arguments.batch_size} in {accelerator.num_processes} processes: "
             "give a smaller one"
         )
-    begin(arguments, accelerator, len(train_loader))
-    example = torch.zeros(1, 3, size, size, device=accelerator.device)
     plain, seeded = Images(arguments.data_dir / "train", as_is), torch.Generator().manual_seed(arguments.seed)
     calibration = DataLoader(plain, shuffle=True, generator=seeded, **options)
-    plan = planned(arguments, accelerator, teacher, example, calibration)
+    criterion = Modularity(samples=arguments.samples, repeats=arguments.repeats, budget=BUDGET)
+    pruner = modprune.ModularityPruner(teacher, example, calibration, criterion, flops=arguments.flops)
+    begin(arguments, accelerator, teacher, len(train_loader))
+    plan = planned(arguments, accelerator, pruner)
     accelerator.print(f"removing {len(plan.remove)} blocks: {', '.join(plan.remove)}")
     bare = plan.apply(copy.deepcopy(teacher), example)
     pruned = Training(arguments, accelerator, bare, train_loader).run(teacher, test_loader, arguments.resume)
@@ -207,38 +226,60 @@ def main(arguments: argparse.Namespace) -> None:
         modprune.save(pruned, arguments.out / "model.safetensors")
 
 
-def begin(arguments: argparse.Namespace, accelerator: Accelerator, steps: int) -> None:
+def check_out(arguments: argparse.Namespace) -> None:
+    """ValueError if the run would mix with one in --out, or replace what no run has written."""
+    if not arguments.resume:
+        check_empty(arguments.out / "checkpoints")
+    own = [name for name in RESULTS if (arguments.out / name).exists()]
+    if own and not (arguments.out / "run.json").exists():
+        raise ValueError(f"{arguments.out}: its {own[0]} is of no run and would be replaced: give another folder")
+
+
+def check_classes(arguments: argparse.Namespace, train: Images, test: Images, outputs: int) -> None:
+    """ValueError unless the folders and the network have the same classes; a folder's number is its label."""
+    if odd := sorted({*train.classes} ^ {*test.classes}):
+        raise ValueError(
+            f"{arguments.data_dir}: only one of train/ and val/ has the class {odd[0]!r}: both need the same"
+        )
+    if outputs != len(train.classes):
+        raise ValueError(
+            f"{arguments.model} tells {outputs} classes apart and {arguments.data_dir} has {len(train.classes)}: "
+            "give a network of yours, --model path/to/file.py:function, with --weights"
+        )
+
+
+def begin(arguments: argparse.Namespace, accelerator: Accelerator, teacher: nn.Module, steps: int) -> None:
     """Note what plan, steps and rate follow from; to go on with another run's state would turn them into others."""
     run = {name: value for name, value in vars(arguments).items() if name not in MAY_DIFFER}
     run |= {"steps an epoch": steps, "processes": accelerator.num_processes}
+    run["digest of the weights"] = checksum({}, teacher.state_dict())[:16]
     noted = arguments.out / "run.json"
-    before = json.loads(noted.read_text()) if arguments.resume and noted.exists() else run
-    if odd := [name for name in run if before.get(name) != run[name]]:
-        there, here = ({name: values.get(name) for name in odd} for values in (before, run))
-        raise ValueError(f"--resume: the run in {arguments.out} has {there}, this one {here}: start it as that was")
+    if arguments.resume and noted.exists():
+        try:
+            before = dict(json.loads(noted.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{noted}: not the record of a run; give another folder") from None
+        if odd := [name for name in run if before.get(name) != run[name]]:
+            there, here = ({name: values.get(name) for name in odd} for values in (before, run))
+            raise ValueError(f"--resume: the run in {arguments.out} has {there}, this one {here}: start it as that was")
     accelerator.wait_for_everyone()  # to have read it
     if accelerator.is_main_process:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        if not arguments.resume:
-            (arguments.out / "plan.json").unlink(missing_ok=True)  # of a run that was cut short there
+        check_writable(arguments.out)
+        for name in () if arguments.resume else RESULTS:
+            (arguments.out / name).unlink(missing_ok=True)  # of a run that was cut short there
         partial = noted.with_suffix(".partial")
         partial.write_text(json.dumps(run, indent=2) + "\n")
         partial.replace(noted)  # whole, or as it was
 
 
 def planned(
-    arguments: argparse.Namespace,
-    accelerator: Accelerator,
-    teacher: nn.Module,
-    example: Tensor,
-    calibration: DataLoader,
+    arguments: argparse.Namespace, accelerator: Accelerator, pruner: modprune.ModularityPruner
 ) -> modprune.PruningPlan:
     """The plan that the run was begun with, or a new one."""
     file = arguments.out / "plan.json"
     if arguments.resume and file.exists():
         return modprune.PruningPlan.from_json(file)
-    criterion = Modularity(samples=arguments.samples, repeats=arguments.repeats, budget=BUDGET)
-    plan = modprune.ModularityPruner(teacher, example, calibration, criterion, flops=arguments.flops).plan()
+    plan = pruner.plan()
     if accelerator.is_main_process:
         plan.to_json(file)
     return plan
@@ -262,9 +303,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for all results")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     arguments = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "accumulate"):
+    for name in ("epochs", "batch_size", "accumulate", "samples", "repeats"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed")
+    if not 0 < arguments.lr < math.inf:
+        parser.error(f"--lr {arguments.lr}: a rate above 0 is needed")
     return arguments
 
 

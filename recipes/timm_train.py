@@ -26,14 +26,16 @@ def main(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)
     train_set = create_dataset("", arguments.data_dir, "train", is_training=True)
-    classes = len(train_set.reader.class_to_idx)
-    model = timm.create_model(arguments.model, pretrained=arguments.pretrained, num_classes=classes).to(device)
+    if len(train_set) < arguments.batch_size:
+        raise ValueError(f"{len(train_set)} images for --batch-size {arguments.batch_size}: give a smaller one")
+    classes = train_set.reader.class_to_idx  # for val/ too: by itself it would number the folders that it has
+    model = timm.create_model(arguments.model, pretrained=arguments.pretrained, num_classes=len(classes)).to(device)
     common = {
         "input_size": (3, arguments.size, arguments.size), "batch_size": arguments.batch_size, "device": device,
         "num_workers": arguments.workers, "persistent_workers": False, "use_prefetcher": False,
     }  # fmt: skip
     train = create_loader(train_set, is_training=True, **common)
-    test = create_loader(create_dataset("", arguments.data_dir, "val"), **common)
+    test = create_loader(create_dataset("", arguments.data_dir, "val", class_map=classes), **common)
     plain = create_loader(create_dataset("", arguments.data_dir, "train"), **common).dataset  # added: not augmented
     optimizer = create_optimizer_v2(model, opt="sgd", lr=arguments.lr, weight_decay=2e-5, momentum=0.9)
     scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=arguments.epochs)
@@ -90,7 +92,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="processes that read images")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order")
     parser.add_argument("--out", type=Path, required=True, help="file for the pruned network")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for part in ("train", "val"):
+        if not (arguments.data_dir / part).is_dir():  # timm would take all images for either
+            parser.error(f"--data-dir {arguments.data_dir}: it has no folder {part}")
+    if arguments.epochs < 1:
+        parser.error(f"--epochs {arguments.epochs}: at least 1 is needed")
+    if arguments.out.is_dir():
+        parser.error(f"--out {arguments.out}: it is a folder, give a file")
+    return arguments
 
 
 if __name__ == "__main__":

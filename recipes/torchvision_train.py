@@ -39,10 +39,17 @@ def main(arguments: argparse.Namespace) -> None:
     crops = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *TO_TENSOR])
     centre = v2.Compose([v2.Resize(size * 256 // 224, antialias=True), v2.CenterCrop(size), *TO_TENSOR])
     train_set = ImageFolder(arguments.data_dir / "train", crops)
+    test_set = ImageFolder(arguments.data_dir / "val", centre)
+    if odd := sorted({*train_set.classes} ^ {*test_set.classes}):
+        raise ValueError(
+            f"{arguments.data_dir}: only one of train/ and val/ has the class {odd[0]!r}: both need the same"
+        )
+    if len(train_set) < arguments.batch_size * processes:
+        raise ValueError(f"{len(train_set)} images for --batch-size {arguments.batch_size}: give a smaller one")
     options = {"batch_size": arguments.batch_size, "num_workers": arguments.workers}
     sampler = DistributedSampler(train_set) if processes > 1 else None
     train = DataLoader(train_set, sampler=sampler, shuffle=sampler is None, drop_last=True, **options)
-    test = DataLoader(ImageFolder(arguments.data_dir / "val", centre), **options)
+    test = DataLoader(test_set, **options)
     if arguments.weights == "none":
         model = torchvision.models.get_model(arguments.model, num_classes=len(train_set.classes)).to(device)
     else:
@@ -95,7 +102,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="processes that read images")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order; the same in every process")
     parser.add_argument("--out", type=Path, required=True, help="file for the pruned network")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.epochs < 1:
+        parser.error(f"--epochs {arguments.epochs}: at least 1 is needed")
+    if arguments.out.is_dir():
+        parser.error(f"--out {arguments.out}: it is a folder, give a file")
+    return arguments
 
 
 if __name__ == "__main__":

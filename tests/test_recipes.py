@@ -6,8 +6,10 @@ import copy
 import gc
 import importlib.util
 import json
+import math
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,23 +122,29 @@ def test_imagenet_gives_images_as_the_network_was_published_with(spec, size, gra
         assert image[0].mean().item() == pytest.approx(gray, abs=0.02)
 
 
+def small_imagenet(folder: Path) -> tuple[ModuleType, list[str]]:
+    """The recipe with a network of two classes and a folder of images, and the options of a run."""
+    image_folder(folder / "data")
+    (folder / "net.py").write_text("import timm\nnetwork = lambda: timm.create_model('test_resnet', num_classes=2)\n")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), folder / "w.pt")
+    AcceleratorState._reset_state(True)  # what a process of its own would take with it
+    return recipe("imagenet"), [
+        *("--model", f"{folder / 'net.py'}:network", "--weights", str(folder / "w.pt"), "--flops", "0.1"),
+        *("--data-dir", str(folder / "data"), "--samples", "12", "--batch-size", "4", "--workers", "0"),
+        *("--out", str(folder / "out")),
+    ]
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch's loader, about pinned memory
 def test_imagenet(tmp_path, capsys, monkeypatch):
-    image_folder(tmp_path / "data")
+    imagenet, options = small_imagenet(tmp_path)
+    options += ["--repeats", "2", "--accumulate", "2"]
     broken = tmp_path / "data" / "train" / "class1" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    torch.manual_seed(0)
-    network = "torchvision:mobilenet_v3_small"
-    torch.save(build_model(network).state_dict(), tmp_path / "w.pt")
-    command = [
-        *(sys.executable, RECIPES / "imagenet.py", "--model", network, "--weights", tmp_path / "w.pt", "--flops", 0.1),
-        *("--data-dir", tmp_path / "data", "--samples", 12, "--repeats", 2, "--batch-size", 4, "--accumulate", 2),
-        *("--workers", 0, "--out", tmp_path / "out"),
-    ]
-    imagenet = recipe("imagenet")
-    imagenet.main(imagenet.parse([*map(str, command[2:]), "--epochs", "1"]))
+    imagenet.main(imagenet.parse([*options, "--epochs", "1"]))
     assert "epoch 1: Top-1" in capsys.readouterr().out
-    AcceleratorState._reset_state(True)  # what a process of its own would take with it
+    AcceleratorState._reset_state(True)
     rate = imagenet.warmup_cosine
 
     def told_amid_the_second_epoch(step, *constants):
@@ -146,28 +154,42 @@ def test_imagenet(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(imagenet, "warmup_cosine", told_amid_the_second_epoch)
     with pytest.raises(SystemExit, match="143"):
-        imagenet.main(imagenet.parse([*map(str, command[2:]), "--epochs", "2", "--resume"]))
+        imagenet.main(imagenet.parse([*options, "--epochs", "2", "--resume"]))
     assert [state.name for state in states(tmp_path / "out" / "checkpoints")] == ["epoch-0001-step-0000004"]
     AcceleratorState._reset_state(True)
+    weights = torch.load(tmp_path / "w.pt")
+    torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), tmp_path / "other.pt")
     for other, message in (
         (["--batch-size", "8"], r"has \{'batch_size': 4, 'steps an epoch': 6\}, this one \{'batch_size': 8, 'steps an"),
         (["--flops", "0.2"], r"has \{'flops': 0\.1\}, this one \{'flops': 0\.2\}: start it as that was"),
+        ([], r"has \{'digest of the weights': '\w{16}'\}, this one \{'digest of the weights': "),
     ):
+        torch.save(weights if other else torch.load(tmp_path / "other.pt"), tmp_path / "w.pt")
         with pytest.raises(ValueError, match=rf"--resume: the run in .* {message}"):
-            imagenet.main(imagenet.parse([*map(str, command[2:]), *other, "--epochs", "2", "--resume"]))
-    AcceleratorState._reset_state(True)
-    again = [*map(str, command), "--epochs", "3", "--resume"]
+            imagenet.main(imagenet.parse([*options, *other, "--epochs", "2", "--resume"]))
+    torch.save(weights, tmp_path / "w.pt")
+    again = [sys.executable, str(RECIPES / "imagenet.py"), *options, "--epochs", "3", "--resume"]
     done = subprocess.run(again, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with pytest.raises(ValueError, match="holds the state of a run: resume it, or give another folder"):
-        imagenet.main(imagenet.parse(list(map(str, command[2:]))))
+        imagenet.main(imagenet.parse(options))
     assert f"skipped {broken}" in done.stderr
     assert "\nunreadable images left out: 1\n" in done.stdout
     assert "epoch 2:   0%|          | 0/2" in done.stderr
     assert done.stdout.count("epoch 2: Top-1") == done.stdout.count("epoch 3: Top-1") == 1
     assert "epoch 1: Top-1" not in done.stdout
     assert json.loads((tmp_path / "out" / "report.json").read_text())["flops_removed"]["modprune"] >= 0.1
-    modprune.load(tmp_path / "out" / "model.safetensors", build_model(network))
+    modprune.load(tmp_path / "out" / "model.safetensors", timm.create_model("test_resnet", num_classes=2))
+
+
+def test_imagenet_in_two_processes_without_an_accelerator(tmp_path):
+    _, options = small_imagenet(tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(RECIPES / "imagenet.py"), *options, "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("removing") == done.stdout.count("epoch 1: Top-1") == 1
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["processes"] == 2
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's loader, about pinned memory
@@ -176,46 +198,95 @@ def test_imagenet(tmp_path, capsys, monkeypatch):
     [
         ("--batch-size 25", "24 images for --batch-size 25 in 1 processes"),
         ("--model resnet50 --weights published", "--model resnet50: give torchvision:NAME or timm:NAME"),
+        ("--flops 2", "flops=2.0: a fraction between 0 and 1 is needed"),
+        ("--model timm:test_resnet --weights w.pt", "tells 1000 classes apart and .*data has 2: give a network of"),
     ],
 )
-def test_imagenet_tells_what_is_wrong_before_it_measures(wrong, message, tmp_path):
-    image_folder(tmp_path / "data")
-    torch.save(build_model("torchvision:resnet18").state_dict(), tmp_path / "w.pt")
-    imagenet = recipe("imagenet")
-    options = ["--model", "torchvision:resnet18", "--weights", tmp_path / "w.pt", "--data-dir", tmp_path / "data"]
+def test_imagenet_tells_what_is_wrong_before_it_measures(wrong, message, tmp_path, monkeypatch):
+    imagenet, options = small_imagenet(tmp_path)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pt") if "timm" in wrong else None
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        imagenet.main(imagenet.parse([*map(str, options), *wrong.split(), "--out", str(tmp_path / "out")]))
+        imagenet.main(imagenet.parse([*options, *wrong.split()]))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's loader, about pinned memory
-def test_imagenet_begins_without_the_plan_of_a_run_cut_short(tmp_path, monkeypatch):
-    image_folder(tmp_path / "data")
-    torch.save(build_model("torchvision:resnet18").state_dict(), tmp_path / "w.pt")
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_imagenet_needs_the_same_classes_in_both_folders(part, tmp_path):
+    imagenet, options = small_imagenet(tmp_path)
+    (tmp_path / "data" / part / "class1").rename(tmp_path / "data" / part / "another")
+    with pytest.raises(ValueError, match=r"only one of train/ and val/ has the class 'another': both need the same"):
+        imagenet.main(imagenet.parse(options))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's loader, about pinned memory
+def test_imagenet_keeps_the_last_good_state(tmp_path, monkeypatch):
+    imagenet, options = small_imagenet(tmp_path)
+    rate = imagenet.warmup_cosine
+    monkeypatch.setattr(imagenet, "warmup_cosine", lambda step, *rest: rate(step, *rest) if step < 9 else math.inf)
+    with pytest.raises(RuntimeError, match="epoch 2: the weights are no longer finite; try a lower --lr"):
+        imagenet.main(imagenet.parse([*options, "--epochs", "2"]))
+    assert [state.name for state in states(tmp_path / "out" / "checkpoints")] == ["epoch-0001"]
+
+
+def test_imagenet_replaces_nothing_that_is_of_no_run(tmp_path):
+    (tmp_path / "report.json").write_text("mine")
+    imagenet = recipe("imagenet")
+    with pytest.raises(ValueError, match=r"its report\.json is of no run and would be replaced: give another folder"):
+        imagenet.main(imagenet.parse(["--data-dir", str(tmp_path), "--out", str(tmp_path)]))
+    assert (tmp_path / "report.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"\0\0\0\rIHDR", b"\0\0\0\1IHDR"),  # ValueError of PIL
+        (b"IDAT", b"ID\0T"),  # SyntaxError
+        (b"IHDR\0\0\0\x28\0\0\0\x28", b"IHDR\0\0\xff\xff\0\0\xff\xff"),  # DecompressionBombError
+    ],
+)
+def test_imagenet_leaves_out_what_cannot_be_read(old, new, tmp_path, capsys):
+    image_folder(tmp_path)
+    file = tmp_path / "train" / "class0" / "0.png"
+    Image.new("RGB", (40, 40)).save(file)
+    whole = file.read_bytes()
+    assert old in whole
+    file.write_bytes(whole.replace(old, new))
+    images = recipe("imagenet").Images(tmp_path / "train", lambda image: image)
+    index = [path for path, _ in images.samples].index(str(file))
+    assert images[index] is None
+    assert images[index + 1] is not None
+    assert capsys.readouterr().err.startswith(f"skipped {file}: ")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's loader, about pinned memory
+def test_imagenet_begins_without_the_results_of_a_run_cut_short(tmp_path, monkeypatch):
+    imagenet, options = small_imagenet(tmp_path)
     (tmp_path / "out").mkdir()
     modprune.PruningPlan(("layer1.0",)).to_json(tmp_path / "out" / "plan.json")
-    imagenet = recipe("imagenet")
+    (tmp_path / "out" / "run.json").write_text("{}")
 
-    def killed(*_, **__):
+    def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(modprune, "ModularityPruner", killed)
-    options = ["--model", "torchvision:resnet18", "--weights", tmp_path / "w.pt", "--data-dir", tmp_path / "data"]
+    monkeypatch.setattr(modprune.ModularityPruner, "plan", killed)
     with pytest.raises(KeyboardInterrupt):
-        imagenet.main(imagenet.parse([*map(str, options), "--batch-size", "4", "--out", str(tmp_path / "out")]))
+        imagenet.main(imagenet.parse(options))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
-    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.filterwarnings("ignore")  # timm leaves files to the garbage collector
 def test_timm(tmp_path, capsys):
     image_folder(tmp_path / "data")
     module, out = recipe("timm_train"), tmp_path / "pruned.safetensors"
-    module.main(module.parse([
+    options = [
         *("--model", "resnet18", "--data-dir", str(tmp_path / "data"), "--size", "64", "--epochs", "3"),
         *("--at", "1", "2", "--flops", "0.3", "--samples", "12", "--batch-size", "6", "--workers", "0"),
         *("--out", str(out)),
-    ]))  # fmt: skip
+    ]
+    module.main(module.parse(options))
     gc.collect()
     printed = capsys.readouterr().out
     assert printed.startswith("removed")
@@ -223,6 +294,55 @@ def test_timm(tmp_path, capsys):
     whole = timm.create_model("resnet18", num_classes=2)
     x = torch.zeros(1, 3, 64, 64)
     assert modprune.count_macs(modprune.load(out, copy.deepcopy(whole)), x) <= 0.7 * modprune.count_macs(whole, x)
+    with pytest.raises(ValueError, match="24 images for --batch-size 25: give a smaller one"):
+        module.main(module.parse([*options, "--batch-size", "25"]))
+
+
+@pytest.mark.filterwarnings("ignore")  # timm leaves files to the garbage collector
+def test_timm_tests_by_the_classes_of_training(tmp_path, monkeypatch):
+    image_folder(tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "val" / "class0")
+    module = recipe("timm_train")
+    labels = []
+    monkeypatch.setattr(module, "top1", lambda model, loader, device: labels.extend(y for _, y in loader) or 0.0)
+    module.main(module.parse([
+        *("--model", "test_resnet", "--data-dir", str(tmp_path / "data"), "--size", "32", "--epochs", "1"),
+        *("--at", "1", "--flops", "0.1", "--samples", "12", "--batch-size", "6", "--workers", "0"),
+        *("--out", str(tmp_path / "pruned.safetensors")),
+    ]))  # fmt: skip
+    gc.collect()
+    assert torch.cat(labels).tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("name", ["timm_train", "torchvision_train"])
+def test_training_tells_what_is_wrong_before_it_begins(name, tmp_path, capsys):
+    module = recipe(name)
+    image_folder(tmp_path)
+    options = ["--data-dir", str(tmp_path), "--batch-size", "4"]
+    wrong = {"--epochs": ("0", "--epochs 0: at least 1 is needed"), "--out": (str(tmp_path), "it is a folder")}
+    for option, (value, message) in wrong.items():
+        with pytest.raises(SystemExit, match="2"):
+            module.parse([*options, "--out", str(tmp_path / "pruned.safetensors"), option, value])
+        assert message in capsys.readouterr().err
+
+
+def test_timm_does_not_test_on_what_it_trains_on(tmp_path, capsys):
+    image_folder(tmp_path)
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(SystemExit, match="2"):
+        recipe("timm_train").parse(["--data-dir", str(tmp_path), "--out", str(tmp_path / "pruned.safetensors")])
+    assert f"--data-dir {tmp_path}: it has no folder val" in capsys.readouterr().err
+
+
+def test_torchvision_needs_the_same_classes_in_both_folders(tmp_path):
+    image_folder(tmp_path)
+    module = recipe("torchvision_train")
+    options = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "pruned.safetensors"), "--weights", "none"]
+    with pytest.raises(ValueError, match="24 images for --batch-size 25: give a smaller one"):
+        module.main(module.parse([*options, "--batch-size", "25"]))
+    shutil.rmtree(tmp_path / "val" / "class0")
+    with pytest.raises(ValueError, match="only one of train/ and val/ has the class 'class0': both need the same"):
+        module.main(module.parse(options))
 
 
 def test_torchvision_in_two_processes(tmp_path):

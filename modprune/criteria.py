@@ -97,7 +97,7 @@ class ModularityDrop:
         """(repeats, blocks): each repeat from samples of its own."""
         end = LayerGrams(model, [blocks[-1].end], self.budget)
         values = []
-        for sample in drawn(model, loader, self.samples, self.repeats):
+        for sample in drawn(loader, self.samples, self.repeats):
             (whole,) = q_of(end, sample, self.k)
             values.append([whole - q for (q,) in _without_each(model, blocks, partial(q_of, end, sample, self.k))])
         return BlockScores(blocks.names, np.array(values))
@@ -213,7 +213,7 @@ class Ablation:
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any]) -> BlockScores:
         """(repeats, blocks): each repeat from samples of its own."""
         values = []
-        for sample in drawn(model, loader, self.samples, self.repeats):
+        for sample in drawn(loader, self.samples, self.repeats):
             whole = evaluate(model, sample).loss
             without = _without_each(model, blocks, partial(evaluate, model, sample))
             values.append([evaluation.loss - whole for evaluation in without])
@@ -235,7 +235,7 @@ class Taylor:
         owned = [(i, p) for i, block in enumerate(blocks) for p in _weights(model, block.layers)]
         owner, weights = zip(*owned, strict=True)
         values = []
-        for batch in drawn(model, loader, self.samples, 1)[0]:
+        for batch in drawn(loader, self.samples, 1)[0]:
             with traceable(model):
                 loss = F.cross_entropy(*logits_and_labels(model, batch))
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -424,7 +424,7 @@ def _at_points(
     measure: Callable[[np.ndarray, np.ndarray], float],
 ) -> tuple[str, np.ndarray]:
     """The stem's name, and `measure(features (N, C), labels (N,))` at it and after every block: (repeats, points)."""
-    drawn_samples = drawn(model, loader, samples, repeats)
+    drawn_samples = drawn(loader, samples, repeats)
     layers, values = points(model, blocks, take(drawn_samples[0][0][0], 0, 1)), []
     for sample in drawn_samples:
         labels = labels_of(sample).cpu().numpy()

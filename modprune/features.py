@@ -82,9 +82,9 @@ def draw_samples(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[
     return (_part(sample, share) for sample in _draw_here(loader, samples, repeats))
 
 
-def drawn(model: nn.Module, loader: Iterable[Any], samples: int, repeats: int) -> list[Sample]:
-    """All that `draw_samples` gives, with model and loader as they were."""
-    with evaluating(model), undisturbed(loader):
+def drawn(loader: Iterable[Any], samples: int, repeats: int) -> list[Sample]:
+    """All that `draw_samples` gives, with the loader as it was."""
+    with undisturbed(loader):
         return list(draw_samples(loader, samples, repeats))
 
 

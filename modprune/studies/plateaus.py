@@ -53,7 +53,7 @@ def plateaus(
     most = len(set(removable) & set(layers[1:])) - 1
     if not 0 < min(cuts) <= max(cuts) <= most:
         raise ValueError(f"cuts={tuple(cuts)}: from 1 to {most} blocks can be cut")
-    images = [piece for sample in drawn(model, loader, samples, repeats) for piece in sample]  # the same for all cuts
+    images = [piece for sample in drawn(loader, samples, repeats) for piece in sample]  # the same for all cuts
     whole = np.array(
         parts("whole", lambda: modularity_curve(model, images, k, samples, repeats, layers=layers).q.tolist())
     )

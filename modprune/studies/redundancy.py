@@ -56,7 +56,7 @@ def redundancy(
     """
     parts, example = parts or Parts(), first_sample(loader)
     layers = layers_of(model, example)
-    images = [piece for sample in drawn(model, loader, samples, repeats) for piece in sample]  # the same for all cuts
+    images = [piece for sample in drawn(loader, samples, repeats) for piece in sample]  # the same for all cuts
     curve = modularity_curve(model, images, k, samples, repeats, layers=layers)
     order = by_gain(curve, find_blocks(model, example).names)
     if not 0 < 2 * cuts <= len(order):

@@ -51,7 +51,7 @@ class CurveRecorder:
         layers: Sequence[str] | None = None,
     ) -> None:
         self.k, self.rows = k, list[dict[str, Any]]()
-        self._samples = drawn(model, loader, samples, repeats)
+        self._samples = drawn(loader, samples, repeats)
         self.layers = tuple(layers or layers_of(model, take(self._samples[0][0][0], 0, 1)))
         self._grams = LayerGrams(model, self.layers)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modprune._inputs import arguments, call, evaluating, first_line, first_tensor, map_values, opened
+from modprune._inputs import arguments, call, evaluating, first_line, first_tensor, map_tensors, opened
 from modprune._state import state_kept
 
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
@@ -143,7 +143,7 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
                         continue
                     hooks.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
                     hooks.enter_context(module.register_forward_hook(partial(after, name)))
-            return calls, call(model, map_values(_differentiable, inputs))
+            return calls, call(model, map_tensors(_differentiable, inputs))
     except Exception as error:
         raise RuntimeError(f"{type(model).__name__} does not run on the example inputs: {first_line(error)}") from error
 
@@ -225,11 +225,9 @@ def _unseen(function: Callable[..., None]) -> Callable[..., None]:
     return unseen
 
 
-def _differentiable(value: Any) -> Any:
+def _differentiable(tensor: Tensor) -> Tensor:
     """A floating-point tensor with gradients, so that blocks right at the input are seen too; others as they are."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().clone().requires_grad_().clone()
-    return value
+    return tensor.detach().clone().requires_grad_().clone() if tensor.is_floating_point() else tensor
 
 
 def is_any(node: Any, kinds: tuple[str, ...]) -> bool:

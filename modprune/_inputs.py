@@ -28,7 +28,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
     Raises:
         RuntimeError: for errors of other kinds than ValueError, RuntimeError and OSError; one line.
     """
-    inputs = map_values(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
+    inputs = map_tensors(Tensor.clone, inputs)
     try:
         if isinstance(inputs, Mapping):
             return model(**inputs)
@@ -67,26 +67,26 @@ def arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
 def to_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor inside it on `device`; a mapping becomes a dict, other containers keep their type."""
     # A copy to the CPU that does not block may be read before it is there.
-    return map_values(lambda v: v.to(device, non_blocking=device.type == "cuda") if isinstance(v, Tensor) else v, value)
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"), value)
 
 
 def laid_out(value: Any, layout: torch.memory_format) -> Any:
     """`value` with every (B, C, H, W) floating point tensor inside it in this memory format."""
 
-    def lay_out(item: Any) -> Any:
-        is_images = isinstance(item, Tensor) and item.ndim == 4 and item.is_floating_point()
-        return item.to(memory_format=layout) if is_images else item
+    def lay_out(tensor: Tensor) -> Tensor:
+        is_images = tensor.ndim == 4 and tensor.is_floating_point()
+        return tensor.to(memory_format=layout) if is_images else tensor
 
-    return map_values(lay_out, value)
+    return map_tensors(lay_out, value)
 
 
-def map_values(function: Callable[[Any], Any], value: Any) -> Any:
-    """`function` of all that is no container."""
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `function` of every tensor inside it; a mapping becomes a dict, other containers keep their type."""
     if isinstance(value, Mapping):
-        return {key: map_values(function, item) for key, item in value.items()}
+        return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return like(value, [map_values(function, item) for item in value])
-    return function(value)
+        return like(value, [map_tensors(function, item) for item in value])
+    return function(value) if isinstance(value, Tensor) else value
 
 
 def like(value: Any, items: list[Any]) -> Any:
@@ -185,7 +185,7 @@ def take(inputs: Any, start: int, stop: int) -> Any:
     def cut(value: Any) -> Any:
         return value[start:stop] if _is_batch(value, size) else value
 
-    return _map_arguments(lambda value: cut(value) if _is_list_of_tensors(value) else map_values(cut, value), inputs)
+    return _map_arguments(lambda value: cut(value) if _is_list_of_tensors(value) else map_tensors(cut, value), inputs)
 
 
 def join(pieces: Sequence[Any]) -> Any:

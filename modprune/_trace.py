@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modprune._inputs import evaluating, first_line, map_values
+from modprune._inputs import evaluating, first_line, map_tensors
 from modprune._state import state_kept
 from modprune.cost import counted_flops
 
@@ -61,7 +61,7 @@ def traced_and_run(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, 
     Raises:
         ValueError: as `shortcut_only`.
     """
-    again, kwagain = map_values(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
+    again, kwagain = map_tensors(Tensor.clone, (args, kwargs))
     with state_kept(block):
         graph, _, side = _shortcut(block)
         with graph.inserting_after(side):

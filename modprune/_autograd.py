@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modprune._inputs import arguments, call, evaluating, first_line, first_tensor, map_tensors, opened
+from modprune._inputs import arguments, call, evaluating, first_line, first_tensor, map_tensors, opened, tensors_in
 from modprune._state import state_kept
 
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
@@ -373,9 +373,5 @@ def users(output: Any) -> dict[Any, set[Any]]:
 
 
 def differentiable_tensors(output: Any) -> list[Tensor]:
-    """The tensors in a model's output, caches left aside, that depend on a parameter or an input."""
-    if isinstance(output, Tensor):
-        return [output] if output.grad_fn is not None else []
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    return [t for item in output for t in differentiable_tensors(item)] if isinstance(output, (tuple, list)) else []
+    """The tensors in a model's output that depend on a parameter or an input."""
+    return [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]

@@ -95,17 +95,17 @@ def like(value: Any, items: list[Any]) -> Any:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor in an output: itself, or the first found in a tuple, list or dict; None if there is none."""
+    """The first of `tensors_in`; None if there is none."""
+    return next(tensors_in(value), None)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of an output in order: itself, or those in tuples, lists and mappings; caches are left aside."""
     if isinstance(value, Tensor):
-        return value
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            found = first_tensor(item)
-            if found is not None:
-                return found
-    return None
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
 
 
 def opened(output: Any) -> Any:

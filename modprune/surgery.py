@@ -28,6 +28,7 @@ from modprune._inputs import (
     first_line,
     first_tensor,
     opened,
+    tensors_in,
     to_device,
 )
 from modprune._probe import differ, filled
@@ -196,7 +197,7 @@ def _skipped(
         with torch.no_grad(), evaluating(model), state_kept(model):
             dice = random_state(None)
             try:
-                made = _tensors(call(model, to_device(example_inputs, device_of(model))))
+                made = _run(model, example_inputs)
             except Exception:  # of the others, and said when all have gone
                 return []
     if changed:
@@ -277,7 +278,7 @@ def _is_harmless(model: nn.Module, passing: Sequence[nn.Module], example_inputs:
         same = all(map(torch.equal, outputs, _outputs(model, example_inputs)))
     try:
         with traceable(model):
-            made = _tensors(call(model, to_device(example_inputs, device_of(model))))
+            made = _run(model, example_inputs)
             sums = [tensor.sum() for tensor in made if tensor.requires_grad]
             torch.autograd.grad(sums, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     except RuntimeError:
@@ -323,11 +324,11 @@ def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     with torch.no_grad(), evaluating(model), state_kept(model):
-        return _tensors(call(model, to_device(example_inputs, device_of(model))))
+        return _run(model, example_inputs)
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(opened(output)) if isinstance(leaf, Tensor)]
+def _run(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    return list(tensors_in(opened(call(model, to_device(example_inputs, device_of(model))))))
 
 
 def _rebuild_graph(model: nn.Module, example_inputs: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modprune._files import to_json
+from modprune._hooks import listening
 from modprune._inputs import batch_size, call, device_of, evaluating, first_sample, first_tensor, to_device
 from modprune._random import undisturbed
 from modprune.blocks import Blocks, find_blocks
@@ -170,11 +170,12 @@ def _first_layer(model: nn.Module, block: str, example_inputs: Any) -> str:
             early.append(name)
         rows.setdefault(name, []).append(len(feature) if feature is not None and feature.ndim else -1)
 
-    with ExitStack() as hooks, evaluating(model), torch.no_grad():
-        for name, module in model.named_modules():
-            layer = not module._modules.keys() - {"parametrizations"} and any(True for _ in module.parameters())
-            if name == block or layer:
-                hooks.enter_context(module.register_forward_hook(lambda _, __, out, name=name: look(name, out)))
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if not module._modules.keys() - {"parametrizations"} and any(True for _ in module.parameters())
+    }
+    with listening(layers | {block: model.get_submodule(block)}, look), evaluating(model), torch.no_grad():
         call(model, to_device(example_inputs, device_of(model)))
     samples = batch_size(example_inputs)
     first = next((name for name in early if rows[name] == [samples] and name != block), None)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from modprune._hooks import comparing, listening
 from modprune._inputs import (
     ONCE,
     batch_size,
@@ -303,7 +302,7 @@ def visit(
     """
     row, size, seen = 0, 0, dict.fromkeys(layers, 0)
 
-    def hook(layer: str, output: Any) -> None:
+    def look(layer: str, output: Any) -> None:
         tensor = first_tensor(output)
         if tensor is None or tensor.ndim < 2 or len(tensor) != size or not tensor.is_floating_point():
             what = "no tensor" if tensor is None else f"{str(tensor.dtype)[6:]} of shape {tuple(tensor.shape)}"
@@ -317,9 +316,7 @@ def visit(
     known = dict(model.named_modules(remove_duplicate=False))
     if unknown := [layer for layer in seen if layer not in known]:
         raise ValueError(f"layer {unknown[0]!r}: {type(model).__name__} has no such module; see model.named_modules()")
-    with ExitStack() as hooks, evaluating(model), torch.no_grad():
-        for layer in seen:
-            hooks.enter_context(known[layer].register_forward_hook(lambda _, __, out, layer=layer: hook(layer, out)))
+    with listening({layer: known[layer] for layer in seen}, look), evaluating(model), torch.no_grad():
         for inputs, labels in sample:
             size = len(labels)
             call(model, laid_out(to_device(inputs, device_of(model)), layout))
@@ -346,26 +343,14 @@ def pairs(
         measure: of two tensors, most often with one row a sample, and how many samples these are.
     """
     values: list[list[float]] = []
-    given: dict[str, Tensor] = {}
     row: dict[str, float] = {}
-    size = 0
+    seen = size = 0
 
-    def before(layer: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        x = first_tensor((args, kwargs))
-        if x is not None:
-            given[layer] = x.clone()  # the layer may write into it
+    def look(layer: str, x: Tensor, y: Tensor) -> None:
+        row[layer] = measure(x, y, size)
 
-    def after(layer: str, module: nn.Module, args: Any, out: Any) -> None:
-        y = first_tensor(out)
-        if layer in given and y is not None:
-            row[layer] = measure(given.pop(layer), y, size)
-
-    seen = 0
-    with ExitStack() as hooks, evaluating(model), undisturbed(loader), torch.no_grad():
-        for layer, last in spans.items():
-            begin, end = model.get_submodule(layer), model.get_submodule(last)
-            hooks.enter_context(begin.register_forward_pre_hook(partial(before, layer), with_kwargs=True))
-            hooks.enter_context(end.register_forward_hook(partial(after, layer)))
+    modules = {layer: (model.get_submodule(layer), model.get_submodule(last)) for layer, last in spans.items()}
+    with comparing(modules, look), evaluating(model), undisturbed(loader), torch.no_grad():
         for batch in loader:
             inputs = split_batch(batch)[0]
             size = batch_size(inputs)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from modprune._autograd import traceable
 from modprune._depgraph import dependency_graph
+from modprune._hooks import comparing
 from modprune._inputs import (
     batch_size,
     call,
@@ -189,11 +190,18 @@ def _skipped(
     if shared or not going:
         return []
     others = _merged([parts for block, parts in zip(blocks, new, strict=True) if not block.exact])
+    changed: set[str] = set()
+
+    def look(name: str, x: Tensor, y: Tensor) -> None:
+        if not torch.equal(x, y):
+            changed.add(name)
+
     with ExitStack() as stack:
         stack.callback(swap, model, swap(model, others))
-        for name in going:
-            stack.enter_context(filled(model.get_submodule(name), 0))
-        changed = stack.enter_context(_changing({name: model.get_submodule(name) for name in going}))
+        modules = {name: model.get_submodule(name) for name in going}
+        for module in modules.values():
+            stack.enter_context(filled(module, 0))
+        stack.enter_context(comparing({name: (module, module) for name, module in modules.items()}, look))
         with torch.no_grad(), evaluating(model), state_kept(model):
             dice = random_state(None)
             try:
@@ -204,27 +212,6 @@ def _skipped(
         inexact = [replace(block, exact=block.exact and block.name not in changed) for block in blocks]
         return _skipped(model, inexact, new, example_inputs)
     return made if is_untouched(dice) else []
-
-
-@contextmanager
-def _changing(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """The names of the modules that have given back another first tensor than they were given, so far."""
-    given: dict[str, Tensor] = {}
-    changed: set[str] = set()
-
-    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if (x := first_tensor((args, kwargs))) is not None:
-            given[name] = x.clone()  # the module may write into it
-
-    def after(name: str, module: nn.Module, args: Any, out: Any) -> None:
-        if name in given and (y := first_tensor(out)) is not None and not torch.equal(given[name], y):
-            changed.add(name)
-
-    with ExitStack() as hooks:
-        for name, module in modules.items():
-            hooks.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(partial(after, name)))
-        yield changed
 
 
 def _problem(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
+from modprune._hooks import listening
 from modprune._inputs import call, device_of, evaluating, to_device
 from modprune.blocks import find_blocks
 from modprune.curve import points
@@ -44,8 +44,7 @@ def weight_layers(model: nn.Module) -> tuple[str, ...]:
 def in_order(model: nn.Module, names: tuple[str, ...], example_inputs: Any) -> tuple[str, ...]:
     """Those of `names` that run exactly once, in the order in which they end."""
     ran: list[str] = []
-    with ExitStack() as hooks, evaluating(model), torch.no_grad():
-        for name in names:
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name)))
+    modules = {name: model.get_submodule(name) for name in names}
+    with listening(modules, lambda name, _: ran.append(name)), evaluating(model), torch.no_grad():
         call(model, to_device(example_inputs, device_of(model)))
     return tuple(name for name in ran if ran.count(name) == 1)

@@ -1,0 +1,49 @@
+"""Listening to modules while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from modprune._inputs import first_tensor
+
+
+@contextmanager
+def listening(modules: Mapping[str, nn.Module], after: Callable[[str, Any], None]) -> Iterator[None]:
+    """`after(name, output)` whenever one of these modules has run."""
+
+    def hook(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        after(name, output)
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(hook, name)))
+        yield
+
+
+@contextmanager
+def comparing(
+    spans: Mapping[str, tuple[nn.Module, nn.Module]], look: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """`look(name, x, y)` whenever a span has run, given by its first and its last module, which may be the same.
+
+    `x` is the first tensor that went into the one, `y` the first that came out of the other; no `look` without both.
+    """
+    given: dict[str, Tensor] = {}
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if (x := first_tensor((args, kwargs))) is not None:
+            given[name] = x.clone()  # the module may write into it
+
+    def after(name: str, output: Any) -> None:
+        if name in given and (y := first_tensor(output)) is not None:
+            look(name, given.pop(name), y)
+
+    with ExitStack() as hooks, listening({name: last for name, (_, last) in spans.items()}, after):
+        for name, (first, _) in spans.items():
+            hooks.enter_context(first.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+        yield

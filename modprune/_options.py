@@ -1,22 +1,18 @@
-"""What the commands share: the options, spelt alike, and what they load."""
+"""The options that commands share, spelt alike."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from torch import nn
 
 from modprune._files import check_path
 from modprune.criteria import CRITERIA
 from modprune.models import MODELS
-from modprune.specs import DATA, build_model
-from modprune.store import load_weights
+from modprune.specs import DATA
 
 
 def _one_of(choices: Collection[str]) -> Any:
@@ -104,22 +100,3 @@ Samples = Annotated[int, typer.Option(min=2, help="Images in each measurement.")
 Repeats = Annotated[
     int, typer.Option(min=1, help="How many times to measure, on other images each time; 1 leaves the noise out.")
 ]
-
-
-def load_network(name: str, weights: Path | None, device: str, num_classes: int) -> nn.Module:
-    """The network of a spec on a device, with weights or fresh ones; a built-in one has that many classes."""
-    network = build_model(name, num_classes)
-    return (load_weights(network, weights) if weights is not None else network).to(pick_device(device))
-
-
-def pick_device(name: str) -> str:
-    """The device of `--device`; raises typer.BadParameter where there is none of the name."""
-    if name == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()  # "meta", say, is a device and holds nothing
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(
-            f"--device {name}: {str(error).splitlines()[0]:.120}; auto takes what there is"
-        ) from None
-    return name

@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
 
 from modprune import save, studies
 from modprune._files import alone
@@ -29,13 +26,10 @@ from modprune._options import (
     Weights,
     check_data,
     check_model,
-    load_network,
-    pick_device,
 )
 from modprune._processes import started
+from modprune._sources import Source
 from modprune.checkpoints import check_writable
-from modprune.data import ImageData, ImageLoader, calibration
-from modprune.specs import load_data
 from modprune.studies import Parts, Study
 from modprune.studies.adversarial import ATTACKS
 
@@ -85,7 +79,7 @@ def curves(
 
     def study(parts: Parts) -> Study:
         sets = data * len(model) if len(data) == 1 else data
-        sources = [_Source(*given, data_dir, device, seed) for given in zip(model, weights, sets, strict=True)]
+        sources = [Source(*given, data_dir, device, seed) for given in zip(model, weights, sets, strict=True)]
         networks = {title: (s.network, s.calibration) for title, s in zip(_titles(sources), sources, strict=True)}
         return studies.curves(networks, k=k, samples=samples, repeats=repeats, parts=parts)
 
@@ -100,7 +94,7 @@ def separation(
     """t-SNE of every layer, coloured by class, beside its Q."""
 
     def study(parts: Parts) -> Study:
-        source = _Source(model, weights, data, data_dir, device, seed)
+        source = Source(model, weights, data, data_dir, device, seed)
         return studies.separation(source.network, source.calibration, k=k, samples=samples, seed=seed, parts=parts)
 
     _run(out, resume, [model, weights, data, k, samples, seed], study)
@@ -117,7 +111,7 @@ def training(
     """Train a network and follow Q of every layer over the epochs, beside its Top-1 on the test images."""
 
     def study(parts: Parts) -> Study:
-        source = _Source(model, weights, data, data_dir, device, seed)
+        source = Source(model, weights, data, data_dir, device, seed)
         torch.manual_seed(seed)
         network = source.network
         done = studies.training(
@@ -141,7 +135,7 @@ def attacks(
     """Q of test images under six attacks against the same images clean."""
 
     def study(parts: Parts) -> Study:
-        source = _Source(model, weights, data, data_dir, device)
+        source = Source(model, weights, data, data_dir, device)
         test = source.test
         normal = {"mean": test.data.mean, "std": test.data.std}
         return studies.attacks(source.network, test, **normal, names=attack, k=k, samples=samples, parts=parts)
@@ -161,7 +155,7 @@ def ablation(
     """The curve for many k and N, and how alike these curves rank the layers."""
 
     def study(parts: Parts) -> Study:
-        source = _Source(model, weights, data, data_dir, device, seed)
+        source = Source(model, weights, data, data_dir, device, seed)
         return studies.ablation(source.network, source.calibration, ks=k, sizes=samples, repeats=repeats, parts=parts)
 
     _run(out, resume, [model, weights, data, k, samples, repeats, seed], study)
@@ -177,7 +171,7 @@ def plateaus(
     """Curves of ever shorter cuts of a network laid over each other."""
 
     def study(parts: Parts) -> Study:
-        source = _Source(model, weights, data, data_dir, device, seed)
+        source = Source(model, weights, data, data_dir, device, seed)
         return studies.plateaus(
             source.network, source.calibration, source.training, cuts=cuts, epochs=epochs, lr=lr, k=k,
             samples=samples, repeats=repeats, parts=parts,
@@ -195,7 +189,7 @@ def redundancy(
     """Cuts of redundant and of needed blocks: the change of Q beside the change of Top-1 on the test images."""
 
     def study(parts: Parts) -> Study:
-        source = _Source(model, weights, data, data_dir, device, seed)
+        source = Source(model, weights, data, data_dir, device, seed)
         return studies.redundancy(
             source.network, source.calibration, source.training, source.test, cuts=cuts, epochs=epochs, lr=lr, k=k,
             samples=samples, repeats=repeats, parts=parts,
@@ -213,7 +207,7 @@ def difference(
     """Heatmap of abs(Q_i - Q_j) between all layers, inside blocks and after them, with CKA beside it."""
 
     def study(parts: Parts) -> Study:
-        source = _Source(model, weights, data, data_dir, device, seed)
+        source = Source(model, weights, data, data_dir, device, seed)
         return studies.difference(
             source.network, source.calibration, k=k, samples=samples, repeats=repeats, parts=parts
         )
@@ -221,7 +215,7 @@ def difference(
     _run(out, resume, [model, weights, data, k, samples, repeats, seed], study)
 
 
-def _titles(sources: list[_Source]) -> list[str]:
+def _titles(sources: list[Source]) -> list[str]:
     """The network, without where it comes from; where that does not tell one from another its data, weights, number."""
     titles = [Path(source.model.rpartition(":")[2]).name for source in sources]
     for more in ("data", "weights"):
@@ -253,40 +247,3 @@ def _known(argument: Any) -> Any:
     if not isinstance(argument, Path):
         return argument
     return hashlib.sha256(argument.read_bytes()).hexdigest()[:16] if argument.is_file() else str(argument)
-
-
-@dataclass
-class _Source:
-    """A network and its data, each loaded once, when it is asked for."""
-
-    model: str
-    weights: Path | None
-    data: str
-    data_dir: Path
-    device: str
-    seed: int = 0
-
-    @property
-    def calibration(self) -> ImageLoader:
-        """Training images as they are, in random order."""
-        return calibration(self._train, self.seed, pick_device(self.device))
-
-    @property
-    def training(self) -> ImageLoader:
-        """Training images, augmented; small sets in small batches, for more steps an epoch."""
-        size = 128 if len(self._train) > 10_000 else 64
-        device = pick_device(self.device)
-        return ImageLoader(self._train, size, pad=self._train.pad, shuffle=True, seed=self.seed, device=device)
-
-    @property
-    def test(self) -> ImageLoader:
-        """Test images in order."""
-        return ImageLoader(load_data(self.data, self.data_dir, train=False), 100, device=pick_device(self.device))
-
-    @property
-    def network(self) -> nn.Module:
-        return load_network(self.model, self.weights, self.device, self._train.num_classes)
-
-    @cached_property
-    def _train(self) -> ImageData:
-        return load_data(self.data, self.data_dir, train=True)

@@ -37,14 +37,13 @@ from modprune._options import (
     Weights,
     Width,
     check_model,
-    load_network,
-    pick_device,
     to_write,
 )
 from modprune._processes import meet, place
+from modprune._sources import Source, load_network, pick_device
 from modprune.budget import Budget
 from modprune.criteria import fitted
-from modprune.data import ImageLoader, calibration
+from modprune.data import ImageLoader
 from modprune.job import RESULTS, prune_job
 from modprune.picture import check_png, save_picture
 from modprune.recipe import Recipe
@@ -139,10 +138,8 @@ def curve(
     Under torchrun or accelerate launch, the processes share the work.
     """
     first = meet(pick_device(device))
-    train = load_data(data, data_dir, train=True)
-    network = load_network(model, weights, device, train.num_classes)
-    loader = calibration(train, seed, pick_device(device))
-    result = modprune.modularity_curve(network, loader, k, samples, repeats)
+    source = Source(model, weights, data, data_dir, device, seed)
+    result = modprune.modularity_curve(source.network, source.calibration, k, samples, repeats)
     if not first:
         return
     flat, falling = result.plateaus(), result.degradations()
@@ -170,10 +167,9 @@ def plan(
     """
     _check_budget(flops, params, count, latency)
     first = meet(pick_device(device))
-    train = load_data(data, data_dir, train=True)
-    network = load_network(model, weights, device, train.num_classes)
-    loader = calibration(train, seed, pick_device(device))
-    example = torch.zeros(1, *train.images.shape[1:])
+    source = Source(model, weights, data, data_dir, device, seed)
+    network, loader = source.network, source.calibration
+    example = torch.zeros(1, *source.train.images.shape[1:])
     pruner = modprune.ModularityPruner(
         network, example, loader, fitted(criterion, loader.samples),
         flops=flops, params=params, blocks=count, latency=latency, width=width,

@@ -14,7 +14,7 @@ ORDER = [
     "_depgraph", "cost", "_trace", "_probe", "models", "data", "bypass", "graph", "blocks", "features", "evaluate",
     "picture", "curve", "criteria", "budget", "plan", "width", "surgery", "checkpoints", "carry", "distill", "recipe",
     "_means", "finetune", "tracking", "store", "report", "pruner", "gradual", "callbacks", "job", "specs", "studies",
-    "_options", "_studies_cli", "cli",
+    "_options", "_sources", "_studies_cli", "cli",
 ]  # fmt: skip
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modprune._inputs import arguments, call, evaluating, first_line, first_tensor, map_tensors, opened, tensors_in
-from modprune._state import state_kept
+from modprune._inputs import arguments, call, first_line, first_tensor, map_tensors, opened, tensors_in
+from modprune._state import evaluating, state_kept
 
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
 SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")

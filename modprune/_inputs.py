@@ -7,15 +7,12 @@ torch-pruning. A batch is `(inputs, labels, ...)` or a dict that holds `labels`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from modprune._random import undisturbed
 
 ONCE = "; one that can be read only once, as a generator, may have been read before: give a list or a DataLoader"
 
@@ -230,42 +227,3 @@ def _is_batch(value: Any, size: int) -> bool:
 
 def _is_list_of_tensors(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Every module's own mode, training or not, is put back after the block.
-
-    By `train`, which may do more than note it: layers of low rank take their product out of the weights again.
-    """
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            if module.training != mode:
-                module.train(mode)  # from the outside in: what it does to those inside is put right after it
-                module.training = mode
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention layers without the fast path of inference inside the block."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode inside the block; every module's own mode and the random numbers are put back after it.
-
-    Attention goes without torch's fast path, which hands nested tensors from layer to layer: hooks cannot read them.
-    """
-    with modes_kept(model), plain_attention(), undisturbed(None):
-        if any(module.training for module in model.modules()):
-            model.eval()
-        yield model

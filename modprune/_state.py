@@ -1,4 +1,4 @@
-"""What a forward pass leaves in a model, taken out again: attributes and buffers as they were."""
+"""A model left as found: its modes, and what a forward pass leaves in it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,49 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from modprune._random import undisturbed
+
 TORCHS_OWN = frozenset(vars(nn.Module()))
 CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module's own mode, training or not, is put back after the block.
+
+    By `train`, which may do more than note it: layers of low rank take their product out of the weights again.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            if module.training != mode:
+                module.train(mode)  # from the outside in: what it does to those inside is put right after it
+                module.training = mode
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention layers without the fast path of inference inside the block."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode inside the block; every module's own mode and the random numbers are put back after it.
+
+    Attention goes without torch's fast path, which hands nested tensors from layer to layer: hooks cannot read them.
+    """
+    with modes_kept(model), plain_attention(), undisturbed(None):
+        if any(module.training for module in model.modules()):
+            model.eval()
+        yield model
 
 
 @contextmanager

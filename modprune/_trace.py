@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modprune._inputs import evaluating, first_line, map_tensors
-from modprune._state import state_kept
+from modprune._inputs import first_line, map_tensors
+from modprune._state import evaluating, state_kept
 from modprune.cost import counted_flops
 
 MARK = "modprune_kind"

@@ -24,7 +24,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from modprune._inputs import batch_size, call, device_of, evaluating, join, plain_attention, take, to_device
+from modprune._inputs import batch_size, call, device_of, join, take, to_device
+from modprune._state import evaluating, plain_attention
 
 
 def count_params(model: nn.Module) -> int:

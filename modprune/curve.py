@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from modprune._files import to_json
 from modprune._hooks import listening
-from modprune._inputs import batch_size, call, device_of, evaluating, first_sample, first_tensor, to_device
+from modprune._inputs import batch_size, call, device_of, first_sample, first_tensor, to_device
 from modprune._random import undisturbed
+from modprune._state import evaluating
 from modprune.blocks import Blocks, find_blocks
 from modprune.features import GIB, LayerGrams, Sample, draw_samples, labels_of
 from modprune.graph import WHOLE, check_k, check_labels, feature_graph_from_gram, graph_modularity

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._inputs import call, check_range, device_of, evaluating, first_tensor, modes_kept, opened, split_batch
+from modprune._inputs import call, check_range, device_of, first_tensor, opened, split_batch
+from modprune._state import evaluating, modes_kept
 
 Teacher = Callable[[Any], Tensor]
 """From a batch to logits (B, classes)."""

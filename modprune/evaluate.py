@@ -10,18 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._inputs import (
-    ONCE,
-    call,
-    check_range,
-    device_of,
-    evaluating,
-    first_tensor,
-    laid_out,
-    opened,
-    split_batch,
-    to_device,
-)
+from modprune._inputs import ONCE, call, check_range, device_of, first_tensor, laid_out, opened, split_batch, to_device
+from modprune._state import evaluating
 
 
 @dataclass(frozen=True)

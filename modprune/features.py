@@ -20,7 +20,6 @@ from modprune._inputs import (
     batch_size,
     call,
     device_of,
-    evaluating,
     first_sample,
     first_tensor,
     join,
@@ -31,6 +30,7 @@ from modprune._inputs import (
 )
 from modprune._processes import everyones, place, to_owners, total
 from modprune._random import undisturbed
+from modprune._state import evaluating
 from modprune.graph import check_finite, inner_products
 
 GIB = 2**30

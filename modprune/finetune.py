@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from modprune._inputs import call, device_of, first_line, modes_kept, split_batch, to_device
+from modprune._inputs import call, device_of, first_line, split_batch, to_device
 from modprune._means import Diverged, Means, share_right
 from modprune._processes import everyones, from_first, meet, place
 from modprune._random import from_batch, own_state, random_state, set_own_state
+from modprune._state import modes_kept
 from modprune.checkpoints import check_empty, check_writable, difference, load_newest, save_state, states
 from modprune.data import set_epoch
 from modprune.distill import CachedTeacher, Teacher, distillation_loss, logits_of, teaching

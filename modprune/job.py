@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from modprune._environment import commit, environment
 from modprune._files import alone, to_json, write_text
-from modprune._inputs import device_of, evaluating
+from modprune._inputs import device_of
 from modprune._processes import everyones, meet
+from modprune._state import evaluating
 from modprune.checkpoints import check_empty, check_writable
 from modprune.criteria import Criterion, fitted, name_of, resolve
 from modprune.data import ImageData, ImageLoader, calibration

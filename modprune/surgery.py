@@ -21,20 +21,10 @@ from torch import Tensor, nn
 from modprune._autograd import traceable
 from modprune._depgraph import dependency_graph
 from modprune._hooks import comparing
-from modprune._inputs import (
-    batch_size,
-    call,
-    device_of,
-    evaluating,
-    first_line,
-    first_tensor,
-    opened,
-    tensors_in,
-    to_device,
-)
+from modprune._inputs import batch_size, call, device_of, first_line, first_tensor, opened, tensors_in, to_device
 from modprune._probe import differ, filled
 from modprune._random import is_untouched, random_state
-from modprune._state import state_kept
+from modprune._state import evaluating, state_kept
 from modprune._trace import MARK, traced_kind, traced_outputs
 from modprune.blocks import Block, check_bare, find_blocks
 from modprune.bypass import PassThrough, norm_after, stand_ins, swap

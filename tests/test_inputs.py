@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._pytree import tree_all, tree_map
 
-from modprune._inputs import batch_size, call, evaluating, first_sample, join, split_batch, take, to_device
+from modprune._inputs import batch_size, call, first_sample, join, split_batch, take, to_device
 
 X, MASK = torch.arange(12.0).view(4, 3), torch.arange(4)
 
@@ -75,41 +74,6 @@ def test_containers_of_every_kind():
     assert torch.equal(take(Pair(X, MASK), 1, 2).y, MASK[1:2])
     for targets in (["cat", "dog"], [{"boxes": X}]):
         assert split_batch((X, targets))[1] is None
-
-
-class LowRank(nn.Linear):
-    """As those of LoRA: its product is in the weights while it is evaluated."""
-
-    merged = False
-
-    def train(self, mode=True):
-        if mode == self.merged:
-            self.bias.data += -1 if mode else 1
-            self.merged = not mode
-        return super().train(mode)
-
-
-class Frozen(nn.BatchNorm1d):
-    """Never trains, whatever it is told."""
-
-    def train(self, mode=True):
-        return super().train(False)
-
-
-@pytest.mark.parametrize("inner", [True, False])
-def test_modes_come_back_by_what_train_does(inner):
-    model = nn.Sequential(LowRank(2, 2), nn.Sequential(LowRank(2, 2), nn.Dropout()), Frozen(2))
-    nn.init.zeros_(model[0].bias)
-    nn.init.zeros_(model[1][0].bias)
-    model.train()
-    model[1].train(inner)
-    modes = [module.training for module in model.modules()]
-    weights = [p.clone() for p in model.parameters()]
-    with evaluating(model):
-        assert not any(module.training for module in model.modules())
-        assert model[0].merged
-    assert [module.training for module in model.modules()] == modes
-    assert all(map(torch.equal, weights, model.parameters()))
 
 
 def test_an_empty_batch_is_no_sample():

@@ -12,7 +12,7 @@ from torch import nn
 
 from modprune import PruningPlan, find_blocks
 from modprune._autograd import traceable
-from modprune._state import state_kept
+from modprune._state import evaluating, state_kept
 from tests.test_strangers import Net, Residual
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -233,3 +233,38 @@ def test_a_network_that_has_changed_or_made_itself_knows_that_it_has():
     PruningPlan(("net.blocks.0",)).apply(building, X)
     building(X)
     assert building.net is built
+
+
+class LowRank(nn.Linear):
+    """As those of LoRA: its product is in the weights while it is evaluated."""
+
+    merged = False
+
+    def train(self, mode=True):
+        if mode == self.merged:
+            self.bias.data += -1 if mode else 1
+            self.merged = not mode
+        return super().train(mode)
+
+
+class Frozen(nn.BatchNorm1d):
+    """Never trains, whatever it is told."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_modes_come_back_by_what_train_does(inner):
+    model = nn.Sequential(LowRank(2, 2), nn.Sequential(LowRank(2, 2), nn.Dropout()), Frozen(2))
+    nn.init.zeros_(model[0].bias)
+    nn.init.zeros_(model[1][0].bias)
+    model.train()
+    model[1].train(inner)
+    modes = [module.training for module in model.modules()]
+    weights = [p.clone() for p in model.parameters()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert model[0].merged
+    assert [module.training for module in model.modules()] == modes
+    assert all(map(torch.equal, weights, model.parameters()))

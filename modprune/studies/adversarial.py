@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from modprune._inputs import check_range, evaluating
+from modprune._inputs import check_range
+from modprune._state import evaluating
 from modprune.graph import check_labels
 
 Model = Callable[[Tensor], Tensor]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modprune._inputs import device_of, evaluating, split_batch
+from modprune._inputs import device_of, split_batch
+from modprune._state import evaluating
 from modprune.curve import check_classes, q_of
 from modprune.distill import logits_of
 from modprune.features import LayerGrams, Sample

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from modprune._hooks import listening
-from modprune._inputs import call, device_of, evaluating, to_device
+from modprune._inputs import call, device_of, to_device
+from modprune._state import evaluating
 from modprune.blocks import find_blocks
 from modprune.curve import points
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import SIG_IGN, SIGTERM
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState, GradientState, is_initialized
-from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from modprune._accelerate import accelerate_left_as_found, accelerator_for, prepared
 from modprune._inputs import call, device_of, first_line, split_batch, to_device
 from modprune._means import Diverged, Means, share_right
-from modprune._processes import everyones, from_first, meet, place
+from modprune._processes import everyones, from_first, place
 from modprune._random import from_batch, own_state, random_state, set_own_state
 from modprune._state import modes_kept
 from modprune.checkpoints import check_empty, check_writable, difference, load_newest, save_state, states
@@ -100,7 +98,7 @@ def finetune(
     folder = None if checkpoints is None else Path(checkpoints)
     _check_folder(folder, resume, halvings)
     ended = nullcontext(Notice(SIGTERM, SIG_IGN)) if folder is None else put_off(SIGTERM)
-    with ended as told, _accelerate_left_as_found(), modes_kept(model), teaching(teacher) as teach:
+    with ended as told, accelerate_left_as_found(), modes_kept(model), teaching(teacher) as teach:
         run = _Run(model, train_loader, teacher, constants, folder)
         if folder is not None and resume:
             run.check_resumable(folder)
@@ -155,7 +153,7 @@ class _Run:
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient: nothing can be trained")
-        self.accelerator = _accelerator(self.device)
+        self.accelerator = accelerator_for(self.device, "bf16" if autocast_dtype(self.device) else "no")
         # With one process the loader stays as it is: accelerate's fetches a batch ahead, which would change the random
         # numbers after a resume.
         spread = isinstance(loader, DataLoader) and self.accelerator.num_processes > 1
@@ -169,7 +167,7 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: 0.5**self.halved * warmup_cosine(step, warm, total)
         )
-        self.net, self.optimizer = _prepared(self.accelerator, model, self.optimizer)
+        self.net, self.optimizer = prepared(self.accelerator, model, self.optimizer)
         self.optimizer.zero_grad()  # of what somebody's own loop has left
         self.accelerator.register_for_checkpointing(self.schedule, self)
 
@@ -300,39 +298,6 @@ class _Run:
             self.cached.load_state_dict(own["teacher"])
 
 
-def _accelerator(device: torch.device) -> Accelerator:
-    """In the precision that pays on the device, unless somebody's Accelerator in this process has settled it before."""
-    meet(device)
-    precision = None if is_initialized() else ("bf16" if autocast_dtype(device) else "no")
-    each_step = GradientAccumulationPlugin(num_steps=1)  # whatever somebody's environment says of accumulation
-    accelerator = Accelerator(
-        mixed_precision=precision, cpu=device.type == "cpu", device_placement=False,
-        gradient_accumulation_plugin=each_step,
-    )  # fmt: skip
-    if accelerator.num_processes != place()[1]:
-        raise RuntimeError(
-            f"torch.distributed has {place()[1]} processes and accelerate sees {accelerator.num_processes}: start with "
-            "torchrun or accelerate launch, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT before"
-        )
-    return accelerator
-
-
-def _prepared(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
-    """The network and the optimizer that a step goes through, as accelerate has them.
-
-    The model itself stays as it was. Without the casts that accelerate puts around `forward`, what is measured between
-    the steps is measured in the model's own precision (a step casts by itself); without accelerate's mark, somebody's
-    own Accelerator does not take it for prepared later.
-    """
-    parts = {model, getattr(model, "_orig_mod", model)}  # of a model that torch.compile has wrapped
-    found = {part: dict(vars(part)) for part in parts}
-    net, optimizer = accelerator.prepare(model, optimizer)
-    for part, own in found.items():
-        vars(part).clear()
-        vars(part).update(own)
-    return net, optimizer
-
-
 def _steps(loader: Iterable[Any]) -> int:
     try:
         steps = len(loader)  # type: ignore[arg-type]
@@ -352,21 +317,3 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     units = [getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("amx_tile", "avx512_bf16")]
     return torch.bfloat16 if device.type == "cpu" and any(supported() for supported in units) else None
-
-
-@contextmanager
-def _accelerate_left_as_found() -> Iterator[None]:
-    """Device, precision and accumulation are shared by all Accelerators of a process: ours bind nobody else's.
-
-    Nor is somebody's accumulation to bind ours, in the middle of which no optimizer takes a step.
-    """
-    placed, settled = bool(PartialState._shared_state), is_initialized()
-    accumulation = dict(GradientState._shared_state)
-    GradientState._reset_state()
-    try:
-        yield
-    finally:
-        GradientState._reset_state()
-        GradientState._shared_state.update(accumulation)
-        if not settled:
-            AcceleratorState._reset_state(reset_partial_state=not placed)

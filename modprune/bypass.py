@@ -109,6 +109,11 @@ def _stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) -
     return new
 
 
+def merged(parts: Sequence[dict[str, nn.Module]]) -> dict[str, nn.Module]:
+    """What takes the place of several blocks, of what `stand_ins` gave for each."""
+    return {name: module for part in parts for name, module in part.items()}
+
+
 def swap(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Put modules in others' places, by name and under every other name that they have; gives back those replaced."""
     originals = {name: model.get_submodule(name) for name in new}

@@ -9,25 +9,18 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from modprune._autograd import traceable
 from modprune._depgraph import dependency_graph
-from modprune._hooks import comparing
-from modprune._inputs import batch_size, call, device_of, first_line, first_tensor, opened, tensors_in, to_device
-from modprune._probe import differ, filled
-from modprune._random import is_untouched, random_state
-from modprune._state import evaluating, state_kept
+from modprune._proof import outputs_of, problem_with, shapes_of, skipped_outputs
 from modprune._trace import MARK, traced_kind, traced_outputs
 from modprune.blocks import Block, check_bare, find_blocks
-from modprune.bypass import PassThrough, norm_after, stand_ins, swap
+from modprune.bypass import PassThrough, merged, norm_after, stand_ins, swap
 from modprune.cost import count_params
 from modprune.plan import PruningPlan
 from modprune.width import narrow
@@ -51,11 +44,11 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) 
         return remove_blocks(model, plan.remove, **blocks)
     if example_inputs is None:
         raise ValueError("the plan cuts channels too: give example_inputs, which torch-pruning traces the model with")
-    before = _shapes(_outputs(model, example_inputs))
+    before = shapes_of(outputs_of(model, example_inputs))
     trial = remove_blocks(copy.deepcopy(model), plan.remove, **blocks)
     count = count_params(trial)
     narrow(trial, plan.width, example_inputs)  # what can fail fails on the trial
-    problem = _problem(trial, {}, example_inputs, before, count - 1)
+    problem = problem_with(trial, {}, example_inputs, before, count - 1)
     if problem:
         raise RuntimeError(f"cutting channels failed: {problem}; the model is as it was")
     done = removed_blocks(trial)  # proven there: nothing has to be found or proven again
@@ -101,14 +94,15 @@ def remove_blocks(
     if example_inputs is None:
         kinds = kinds or [_kind_by_trace(model, name) for name in names]
         forms = outputs or [_form_by_trace(model, name) for name in names]
-        swap(model, _merged([stand_ins(model, *block) for block in zip(names, kinds, forms, strict=True)]))
+        swap(model, merged([stand_ins(model, *block) for block in zip(names, kinds, forms, strict=True)]))
         return model
     blocks = _choose(model, names, kinds, example_inputs)
     new = [stand_ins(model, block.name, block.kind, block.outputs) for block in blocks]
-    before, skipped = _shapes(_outputs(model, example_inputs)), _skipped(model, blocks, new, example_inputs)
+    before = shapes_of(outputs_of(model, example_inputs))
+    skipped = skipped_outputs(model, blocks, new, example_inputs)
     most = count_params(model) - sum(block.params for block in blocks)  # fewer if they share some among themselves
-    originals = swap(model, _merged(new))
-    if problem := _problem(model, _merged(new), example_inputs, before, most, skipped):
+    originals = swap(model, merged(new))
+    if problem := problem_with(model, merged(new), example_inputs, before, most, skipped):
         swap(model, originals)
         culprit = _culprit(model, blocks, new, example_inputs, before) or f"{names[0]} and the others together"
         raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was")
@@ -158,125 +152,6 @@ def _choose(model: nn.Module, names: Sequence[str], kinds: Sequence[str], exampl
     return [found[name] for name in names]
 
 
-def _merged(parts: Sequence[dict[str, nn.Module]]) -> dict[str, nn.Module]:
-    return {name: module for part in parts for name, module in part.items()}
-
-
-def _skipped(
-    model: nn.Module, blocks: Sequence[Block], new: Sequence[dict[str, nn.Module]], example_inputs: Any
-) -> list[Tensor]:
-    """What the model gives with the parameters of these blocks zero, where that is to skip them, else with `new`.
-
-    A block that ends with an activation is skipped so only as long as what goes into it has been through one, which
-    may be at the end of a block that goes too. Nothing where it cannot be compared: layers are shared with blocks that
-    stay, or the model rolls dice.
-    """
-    going = {block.name: set(model.get_submodule(block.name).modules()) for block in blocks if block.exact}
-    inside = set[nn.Module]().union(*going.values())
-    shared = any(
-        module in inside and not any(f"{name}.".startswith(f"{block}.") for block in going)
-        for name, module in model.named_modules(remove_duplicate=False)
-    )
-    if shared or not going:
-        return []
-    others = _merged([parts for block, parts in zip(blocks, new, strict=True) if not block.exact])
-    changed: set[str] = set()
-
-    def look(name: str, x: Tensor, y: Tensor) -> None:
-        if not torch.equal(x, y):
-            changed.add(name)
-
-    with ExitStack() as stack:
-        stack.callback(swap, model, swap(model, others))
-        modules = {name: model.get_submodule(name) for name in going}
-        for module in modules.values():
-            stack.enter_context(filled(module, 0))
-        stack.enter_context(comparing({name: (module, module) for name, module in modules.items()}, look))
-        with torch.no_grad(), evaluating(model), state_kept(model):
-            dice = random_state(None)
-            try:
-                made = _run(model, example_inputs)
-            except Exception:  # of the others, and said when all have gone
-                return []
-    if changed:
-        inexact = [replace(block, exact=block.exact and block.name not in changed) for block in blocks]
-        return _skipped(model, inexact, new, example_inputs)
-    return made if is_untouched(dice) else []
-
-
-def _problem(
-    model: nn.Module,
-    new: Mapping[str, nn.Module],
-    example_inputs: Any,
-    before: list[tuple[int, ...]],
-    most: int,
-    skipped: Sequence[Tensor] = (),
-) -> str:
-    """What is wrong with a pruned model that has `new` in the blocks' places; empty if nothing is."""
-    passed: dict[str, tuple[Tensor | None, int]] = {}
-
-    def look(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if module is not new[name]:
-            return  # the block itself, whose hooks it has
-        x = first_tensor((args, kwargs))
-        passed[name] = (x, x._version) if x is not None and x is first_tensor(out) else (None, 0)
-
-    with ExitStack() as hooks:
-        for name, module in new.items():
-            hooks.enter_context(module.register_forward_hook(partial(look, name), with_kwargs=True))
-        try:
-            outputs = _outputs(model, example_inputs)
-        except Exception as error:
-            return first_line(error)
-    after, count = _shapes(outputs), count_params(model)
-    if not _alike(before, after, batch_size(example_inputs)):
-        return f"the output had shape {before}, now {after}"
-    if count > most:
-        return f"{count:,} parameters are left where {most:,} at most were expected"
-    if past := [name for name in new if name not in passed]:
-        return f"{past[0]} is not called by that name: hold it in a ModuleList or as an attribute alone"
-    written = [name for name, (x, version) in passed.items() if x is not None and x._version != version]
-    if written and not _is_harmless(model, [new[name] for name in written], example_inputs, outputs):
-        return f"a layer writes in place into what now goes through {written[0]}: make it one that does not"
-    if skipped and not _same(outputs, skipped):
-        return "the output is not that of skipped blocks: some part of the network looks at them or at what they hold"
-    return ""
-
-
-def _is_harmless(model: nn.Module, passing: Sequence[nn.Module], example_inputs: Any, outputs: list[Tensor]) -> bool:
-    """Whether the outputs are those with copies passed on, and gradients can be had."""
-
-    def copied(module: nn.Module, args: Any, out: Any) -> Any:
-        return torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, out)
-
-    with ExitStack() as hooks:
-        for module in passing:
-            hooks.enter_context(module.register_forward_hook(copied))
-        same = all(map(torch.equal, outputs, _outputs(model, example_inputs)))
-    try:
-        with traceable(model):
-            made = _run(model, example_inputs)
-            sums = [tensor.sum() for tensor in made if tensor.requires_grad]
-            torch.autograd.grad(sums, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-    except RuntimeError:
-        return False
-    return same
-
-
-def _same(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether outputs have those values; of what is found or counted, which ties may turn, nothing is said."""
-    if not all(tensor.is_floating_point() for tensor in outputs) or _shapes(outputs) != _shapes(expected):
-        return True
-    return not any(map(differ, outputs, expected))
-
-
-def _alike(before: list[tuple[int, ...]], after: list[tuple[int, ...]], batch: int) -> bool:
-    """Whether shapes are the same, but for how many things were found: a detector finds as many as it finds."""
-    pairs = list(zip(before, after, strict=False))
-    same = len(before) == len(after) and all(len(a) == len(b) and a[1:] == b[1:] for a, b in pairs)
-    return same and all(a[:1] == b[:1] or a[0] != batch for a, b in pairs)
-
-
 def _culprit(
     model: nn.Module,
     blocks: Sequence[Block],
@@ -286,26 +161,13 @@ def _culprit(
 ) -> str:
     """The name of the first block that cannot go even alone; empty if each can."""
     for block, parts in zip(blocks, new, strict=True):
-        skipped = _skipped(model, [block], [parts], example_inputs)
+        skipped = skipped_outputs(model, [block], [parts], example_inputs)
         originals = swap(model, parts)
-        broken = _problem(model, parts, example_inputs, before, count_params(model), skipped)
+        broken = problem_with(model, parts, example_inputs, before, count_params(model), skipped)
         swap(model, originals)
         if broken:
             return block.name
     return ""
-
-
-def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for tensor in tensors]
-
-
-def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    with torch.no_grad(), evaluating(model), state_kept(model):
-        return _run(model, example_inputs)
-
-
-def _run(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    return list(tensors_in(opened(call(model, to_device(example_inputs, device_of(model))))))
 
 
 def _rebuild_graph(model: nn.Module, example_inputs: Any) -> None:

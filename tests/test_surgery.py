@@ -141,6 +141,22 @@ def test_a_network_that_rolls_dice_is_not_blamed_for_it_and_they_are_put_back(ro
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 
+class Dropping(nn.Module):
+    """A residual block that drops at random in eval mode too, as for an estimate of its doubt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return x + nn.functional.dropout(self.conv(x), 0.3, training=True)
+
+
+def test_blocks_that_roll_dice_go_though_those_after_them_roll_others_then():
+    model = remove_blocks(nn.Sequential(Dropping(), Dropping()), ["0"], example_inputs=X)
+    assert removed_blocks(model).remove == ("0",)
+
+
 def test_a_network_that_steers_by_attributes_of_its_layers():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from modprune._autograd import differentiable_tensors, traceable
+from modprune._autograd import differentiable_tensors
 from modprune._inputs import call, device_of, first_line, opened, to_device
+from modprune._state import traceable
 
 Cut = tuple[str, tuple[int, ...]]
 """A layer by its name and those of its output channels that go."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from modprune._autograd import NORMS, Call, between, is_any, is_composite
+from modprune._autograd import NORMS, between, is_any
+from modprune._calls import Call, is_composite
 from modprune._inputs import first_line, first_tensor
 from modprune._trace import traced_and_run
 

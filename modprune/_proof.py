@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modprune._autograd import traceable
 from modprune._hooks import comparing
 from modprune._inputs import batch_size, call, device_of, first_line, first_tensor, opened, tensors_in, to_device
 from modprune._probe import differ, filled
 from modprune._random import is_untouched, random_state
-from modprune._state import evaluating, state_kept
+from modprune._state import evaluating, state_kept, traceable
 from modprune.blocks import Block
 from modprune.bypass import merged, swap
 from modprune.cost import count_params

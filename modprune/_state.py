@@ -87,6 +87,24 @@ def state_kept(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(value)
 
 
+@contextmanager
+def traceable(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode with gradients for all it holds.
+
+    Modes, RNG state, `requires_grad`, buffers and attributes are restored: a module that has cached a tensor with a
+    graph could not be copied.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(model), state_kept(model):
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield model
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def _containers(values: list[Any]) -> list[Any]:
     """All containers among values and in one another; of plain objects, the dict of their attributes."""
     found: list[Any] = []

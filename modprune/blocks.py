@@ -22,7 +22,6 @@ from modprune._autograd import (
     LAYOUT,
     LINEAR,
     SUMS,
-    Call,
     Edge,
     between,
     differentiable_tensors,
@@ -31,15 +30,14 @@ from modprune._autograd import (
     is_any,
     is_parameter,
     last_sum,
-    may_be_block,
     operands,
     parameters,
-    record_calls,
-    traceable,
     users,
 )
+from modprune._calls import Call, may_be_block, record_calls
 from modprune._inputs import batch_size, device_of, to_device
 from modprune._probe import is_own_norm, shortcut_flops, without_parameters
+from modprune._state import traceable
 from modprune._trace import MARK, shortcut_parameters
 from modprune.bypass import activation_after, norm_after
 from modprune.cost import counted_macs

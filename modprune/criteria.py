@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._autograd import traceable
 from modprune._inputs import take
+from modprune._state import traceable
 from modprune.blocks import Blocks
 from modprune.bypass import bypassed
 from modprune.curve import ModularityCurve, check_classes, modularity_curve, points, q_of

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from modprune import PruningPlan, find_blocks
-from modprune._autograd import traceable
-from modprune._state import evaluating, state_kept
+from modprune._state import evaluating, state_kept, traceable
+from tests.oracles import snapshot
 from tests.test_strangers import Net, Residual
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -268,3 +268,24 @@ def test_modes_come_back_by_what_train_does(inner):
         assert model[0].merged
     assert [module.training for module in model.modules()] == modes
     assert all(map(torch.equal, weights, model.parameters()))
+
+
+class Noisy(nn.Module):
+    """Counts its calls in a buffer and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x + torch.rand(()))
+
+
+def test_buffers_and_random_numbers_come_back():
+    model = Noisy()
+    before = snapshot(model)
+    with traceable(model):
+        model(torch.zeros(1, 2))
+    assert snapshot(model) == before

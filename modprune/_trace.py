@@ -114,7 +114,7 @@ def shortcut_parameters(block: nn.Module) -> set[int]:
     """The parameters, by `id`, that `shortcut_only` would keep; its errors."""
     with state_kept(block):
         graph, total, side = _shortcut(block)
-        return set(_params_of(_behind(side) | (_behind(_output(graph)) - _behind(total)), block))
+        return set(_params_of(_staying(graph, total, side), block))
 
 
 def traced_kind(block: nn.Module) -> str:
@@ -160,7 +160,7 @@ def _shortcut(block: nn.Module) -> tuple[fx.Graph, fx.Node, fx.Node]:
             if costs[0] == costs[1] and held[0] != held[1]:
                 raise ValueError("both sides of its sum hold as many parameters, so none is the shortcut")
             side = sides[costs.index(min(costs))]
-            kept = _behind(side) | (_behind(_output(graph)) - _behind(total))
+            kept = _staying(graph, total, side)
             if _params_of(_behind(side), block).keys() != _params_of(_behind(side, values=True), block).keys():
                 raise ValueError("its shortcut asks its branch for a shape")
             if any(_asks_for_mode(node) for node in kept):
@@ -170,6 +170,11 @@ def _shortcut(block: nn.Module) -> tuple[fx.Graph, fx.Node, fx.Node]:
                 )
             return graph, total, side
     raise ValueError("its output is not shortcut(x) + branch(x)")
+
+
+def _staying(graph: fx.Graph, total: fx.Node, side: fx.Node) -> set[fx.Node]:
+    """What a block is made from once one side of its sum stands for the sum."""
+    return _behind(side) | (_behind(_output(graph)) - _behind(total))
 
 
 class _Deep(fx.Tracer):
@@ -243,12 +248,15 @@ def _output(graph: fx.Graph) -> fx.Node:
 
 
 def _operation(node: fx.Node) -> str:
+    """The name of the function or method that a node calls; empty for other nodes."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
     """The two operands of a sum; none for anything else."""
-    if node.op not in ("call_function", "call_method") or _operation(node) not in _SUMS or "alpha" in node.kwargs:
+    if _operation(node) not in _SUMS or "alpha" in node.kwargs:
         return []
     sides = [side for side in node.args if isinstance(side, fx.Node)]
     return sides if len(sides) == 2 else []
@@ -257,21 +265,21 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 def _is_norm(node: fx.Node, block: nn.Module) -> bool:
     if node.op == "call_module":
         return isinstance(block.get_submodule(str(node.target)), _NORM_LAYERS)
-    return node.op == "call_function" and _operation(node) in _NORMS
+    return _operation(node) in _NORMS
 
 
 def _is_silent(node: fx.Node, block: nn.Module) -> bool:
     if node.op == "call_module":
         module = block.get_submodule(str(node.target))
         return all(isinstance(m, _SILENT_LAYERS) for m in (module if isinstance(module, nn.Sequential) else [module]))
-    if node.op in ("call_function", "call_method") and _operation(node) in _SUMS:
+    if _operation(node) in _SUMS:
         return sum(isinstance(side, fx.Node) for side in node.args) == 1 and not node.kwargs  # of a number
-    return node.op in ("call_function", "call_method") and _operation(node) in _SILENT
+    return _operation(node) in _SILENT
 
 
 def _scaled(node: fx.Node, block: nn.Module) -> fx.Node | None:
     """What a node multiplies by something fixed, or divides by it; None if it does not."""
-    if node.op not in ("call_function", "call_method") or _operation(node) not in _FACTORS or node.kwargs:
+    if _operation(node) not in _FACTORS or node.kwargs:
         return None
     behind = {side: _behind(side) for side in node.args if isinstance(side, fx.Node)}
     made = [side for side, nodes in behind.items() if _input(node.graph) in nodes or _params_of(nodes, block)]
@@ -301,8 +309,7 @@ def _behind(node: fx.Node, values: bool = False) -> set[fx.Node]:
 
 def _is_question(node: fx.Node) -> bool:
     """Whether a node asks a value for its shape or type."""
-    asked = node.args[1] if _operation(node) == "getattr" else _operation(node)
-    return node.op in ("call_function", "call_method") and asked in _QUESTIONS
+    return (node.args[1] if _operation(node) == "getattr" else _operation(node)) in _QUESTIONS
 
 
 def _params_of(nodes: set[fx.Node], block: nn.Module) -> dict[int, int]:

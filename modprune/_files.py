@@ -102,5 +102,5 @@ def to_json(data: Any, path: str | Path | None = None, indent: int | None = 2) -
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """The same for text, in UTF-8."""
+    """`write_bytes` for text, in UTF-8."""
     write_bytes(path, text.encode())

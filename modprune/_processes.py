@@ -104,9 +104,9 @@ def check_alike(values: Sequence[object], what: str, mend: str) -> None:
     """Raises RuntimeError, in every process, if what the processes have is not one thing; names the odd ones.
 
     Args:
-        values: of each process, from `everyones`.
-        what: they are.
-        mend: how.
+        values: one of each process, in the order of their ranks, as `everyones` gives them.
+        what: what they are, for the message.
+        mend: what to do about it, for the message.
     """
     odd = [str(rank) for rank, value in enumerate(values) if value != values[0]]
     if odd:

@@ -68,13 +68,13 @@ def own_state(loader: object) -> list[torch.Tensor]:
 
 
 def set_own_state(state: list[torch.Tensor], loader: object) -> None:
-    """What `own_state` gave."""
+    """Put back what `own_state` gave."""
     for generator, own in zip(_generators(loader), state, strict=True):
         generator.set_state(own)
 
 
 def set_random_state(state: dict[str, Any], loader: object) -> None:
-    """What `random_state` gave."""
+    """Put back what `random_state` gave."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -99,7 +99,7 @@ class Blocks(tuple[Block, ...]):
 
     @property
     def why_no_more(self) -> str:
-        """What keeps everything else."""
+        """The reason for every candidate that stays, or, without any, that nothing else is one."""
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
         return reasons or (
             "no other module adds to its input (the first tensor it takes) as it is, and no other convolution "

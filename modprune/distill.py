@@ -88,7 +88,7 @@ class CachedTeacher:
         return {"seen": self._seen.cpu(), "total": None if self._total is None else self._total.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """What `state_dict` gave."""
+        """Put back what `state_dict` gave."""
         device = self._seen.device
         self._seen = state["seen"].to(device)
         self._total = None if state["total"] is None else state["total"].to(device)

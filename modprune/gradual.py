@@ -134,7 +134,7 @@ class GradualPruning:
                 raise ValueError(f"at={at}: counts from 1 on that rise are needed, as in (10, 20)")
             at = counts
         self.model, self.loader, self.at = model, loader, at
-        self.shares = tuple(shares) or (cubic(1) if callable(at) else cubic(len(at)))
+        self.shares = tuple(shares) or cubic(1 if callable(at) else len(at))
         if list(self.shares) != sorted(self.shares) or self.shares[-1] != 1:
             raise ValueError(f"shares={self.shares}: they rise to 1, as in (0.5, 0.75, 1)")
         if not callable(at) and len(at) != len(self.shares):

@@ -100,7 +100,7 @@ def prune_job(
         if resume and _check_same(out, arguments):
             if first:
                 _drop_checkpoints(out)  # a kill may have left some
-            return _report_anew(model, test, out)
+            return _compared(model, load(out / "model.safetensors", copy.deepcopy(model)).to(device), test)
         if not resume:
             check_empty(out / "checkpoints")
         example = torch.zeros(1, *train.images.shape[1:], device=device)
@@ -203,11 +203,6 @@ def _flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments with the recipe's constants among them; where there is none, there are no epochs."""
     rest = dict(arguments)
     return rest | (rest.pop("recipe") or {"epochs": 0})
-
-
-def _report_anew(model: nn.Module, test: ImageData, out: Path) -> Report:
-    """That of a finished run; nothing is written."""
-    return _compared(model, load(out / "model.safetensors", copy.deepcopy(model)).to(device_of(model)), test)
 
 
 def _compared(model: nn.Module, pruned: nn.Module, test: ImageData) -> Report:

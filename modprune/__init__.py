@@ -13,7 +13,8 @@ from modprune.graph import modularity
 from modprune.plan import PruningPlan
 from modprune.pruner import ModularityPruner
 from modprune.report import Report, compare
-from modprune.store import load, load_weights, save
+from modprune.store import load, save
+from modprune.weights import load_weights
 
 __all__ = [
     "Block",

@@ -13,7 +13,7 @@ from torch import nn
 
 from modprune.data import ImageData, ImageLoader, calibration
 from modprune.specs import build_model, load_data
-from modprune.store import load_weights
+from modprune.weights import load_weights
 
 
 @dataclass

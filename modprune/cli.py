@@ -48,7 +48,7 @@ from modprune.job import RESULTS, prune_job
 from modprune.picture import check_png, save_picture
 from modprune.recipe import Recipe
 from modprune.specs import build_model, data_shape, load_data
-from modprune.store import is_plain
+from modprune.weights import is_plain
 
 INTERRUPTED = 130  # as typer ends a command after Ctrl-C
 

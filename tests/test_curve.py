@@ -16,7 +16,7 @@ from modprune.data import ImageLoader, cifar10
 from modprune.features import LayerGrams, draw_samples
 from modprune.graph import modularity
 from modprune.models import resnet20
-from modprune.store import load_weights
+from modprune.weights import load_weights
 
 
 def loader(samples: int, batch: int = 17, classes: int = 4, form: str = "tuple"):

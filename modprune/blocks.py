@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, SupportsIndex, overload
 
-import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -34,6 +33,7 @@ from modprune._autograd import (
     parameters,
     users,
 )
+from modprune._bare import check_bare, check_filled
 from modprune._calls import Call, may_be_block, record_calls
 from modprune._inputs import batch_size, device_of, to_device
 from modprune._probe import is_own_norm, shortcut_flops, without_parameters
@@ -151,28 +151,6 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
                 continue
             blocks.append(_describe(model, calls[name], kind, stays, rest == "same", places, macs, batch_size(inputs)))
     return Blocks(blocks, refused)
-
-
-def check_bare(model: nn.Module) -> None:
-    """ValueError if blocks cannot be seen or replaced safely because the model is wrapped or compiled."""
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ValueError(f"the model is wrapped in {type(model).__name__}: pass model.module, then wrap it anew")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("the model is scripted or traced: pass it as it was before; script it after the pruning")
-    # Version 1 wraps modules, version 2 puts DTensors in the place of parameters. To import either takes a second.
-    for module in model.modules():
-        if "_fsdp_wrapped_module" in module._modules or any(
-            hasattr(parameter, "device_mesh") for parameter in module._parameters.values()
-        ):
-            raise ValueError("the model is sharded over devices (FSDP): remove blocks before, then shard what is left")
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            raise ValueError("the model is compiled: pass the module as it was before; compile it after the pruning")
-
-
-def check_filled(model: nn.Module) -> None:
-    """ValueError if the model cannot run because it has no values."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the model has no weights yet (it is on the meta device): load them first")
 
 
 class _Shortcut(NamedTuple):

@@ -12,10 +12,10 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
+from modprune._bare import check_bare
 from modprune._files import to_json
 from modprune._inputs import first_sample
 from modprune._random import undisturbed
-from modprune.blocks import check_bare
 from modprune.budget import Budget
 from modprune.carry import carry_over
 from modprune.cost import count_macs, count_params

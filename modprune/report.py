@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from modprune._bare import bare
 from modprune._files import to_json
 from modprune._inputs import device_of
 from modprune.cost import count_params, latency, mac_differences, macs_by_counter
 from modprune.evaluate import Evaluation, evaluate
-from modprune.store import bare
 
 BATCHES = (1, 64)
 COUNTERS = ("modprune", "fvcore", "thop")

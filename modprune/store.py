@@ -12,11 +12,10 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
+from modprune._bare import bare, check_filled
 from modprune._files import write_bytes
 from modprune._inputs import first_line
-from modprune.blocks import check_filled
 from modprune.models import CifarResNet, CifarResNet18, CifarVGG
 from modprune.plan import PruningPlan
 from modprune.surgery import removed_blocks
@@ -162,18 +161,6 @@ def _plan(path: str | Path, data: Any) -> PruningPlan:
         return PruningPlan.from_json(json.dumps(data))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The user's own module inside the wrappers of torch.compile, for several devices and for averages of weights."""
-    while True:
-        averaged = isinstance(model, AveragedModel) or type(model).__module__ == "timm.utils.model_ema"
-        if averaged or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.get_submodule("module")
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def checksum(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

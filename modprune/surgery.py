@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from modprune._bare import check_bare
 from modprune._depgraph import dependency_graph
 from modprune._proof import outputs_of, problem_with, shapes_of, skipped_outputs
 from modprune._trace import MARK, traced_kind, traced_outputs
-from modprune.blocks import Block, check_bare, find_blocks
+from modprune.blocks import Block, find_blocks
 from modprune.bypass import PassThrough, merged, norm_after, stand_ins, swap
 from modprune.cost import count_params
 from modprune.plan import PruningPlan

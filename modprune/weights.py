@@ -13,7 +13,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from modprune.blocks import check_filled
+from modprune._bare import check_filled
 
 _PREFIX = re.compile(r"^(module|_orig_mod)\.")
 

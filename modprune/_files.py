@@ -55,15 +55,14 @@ def check_path(path: str | Path) -> None:
     """Raises OSError, in one line, if `write_bytes` could not write there; nothing is made."""
     target = Path(os.path.realpath(path))
     try:
-        found = next(place for place in (target, *target.parents) if place.exists())
-        if found == target and found.is_dir():
+        if target.is_dir():
             problem = "it is a folder"
-        elif found == target and not found.is_file():  # a device or a pipe
-            problem = "" if os.access(found, os.W_OK) else "Permission denied"
+        elif target.exists() and not target.is_file():  # a device or a pipe
+            problem = "" if os.access(target, os.W_OK) else "Permission denied"
         else:
-            folder = found.parent if found == target else found
-            problem = f"{folder} is no folder" if not folder.is_dir() else ""
-            problem = problem or ("" if os.access(folder, os.W_OK | os.X_OK) else f"{folder}: Permission denied")
+            folder = next(place for place in target.parents if place.exists())
+            denied = "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder}: Permission denied"
+            problem = denied if folder.is_dir() else f"{folder} is no folder"
     except OSError as error:  # a folder that may not be looked into, a name that is too long
         problem = str(error.strerror)
     if problem:

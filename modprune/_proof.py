@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modprune._hooks import comparing
-from modprune._inputs import batch_size, call, device_of, first_line, first_tensor, opened, tensors_in, to_device
+from modprune._inputs import batch_size, call, device_of, first_line, first_tensor, opened, to_device
 from modprune._probe import differ, filled
 from modprune._random import is_untouched, random_state
 from modprune._state import evaluating, state_kept, traceable
@@ -147,4 +147,5 @@ def outputs_of(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
 
 def _run(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    return list(tensors_in(opened(call(model, to_device(example_inputs, device_of(model))))))
+    output = opened(call(model, to_device(example_inputs, device_of(model))))
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]

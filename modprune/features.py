@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -234,7 +235,8 @@ class LayerGrams:
                 if slab.layer == layer:
                     features[first + row : first + row + len(flat)] = flat[:, slab.start : slab.stop]
 
-        visit(self.model, dict.fromkeys(slab.layer for slab in slabs), sample, keep, self._layout)
+        layers = dict.fromkeys(slab.layer for slab in slabs)
+        visit(self.model, layers, sample, keep, self._layout, whole=False)  # `_columns` has seen whole ones
         own = slabs[place()[0] :: len(counts)]
         return dict(zip(own, to_owners(list(kept.values()), counts), strict=True))
 
@@ -291,16 +293,18 @@ def visit(
     sample: Sample,
     keep: Callable[[str, Tensor, int], None],
     layout: torch.memory_format = torch.preserve_format,
+    whole: bool = True,
 ) -> None:
     """Forward all pieces of a sample; `keep(layer, features (B, ...), row of the first)` at every layer.
 
-    In eval mode, without gradients; the model is left as found. Images go in with this memory layout.
+    In eval mode, without gradients; the model is left as found. Images go in with this memory layout. Unless passes are
+    to be whole, each ends at the last of the layers: what comes after it is most of the work where it lies early.
 
     Raises:
         ValueError: for a layer that is not there, is not called once in a pass, or has no row of features for each
             sample.
     """
-    row, size, seen = 0, 0, dict.fromkeys(layers, 0)
+    row, size, passes, seen = 0, 0, 0, dict.fromkeys(layers, 0)
 
     def look(layer: str, output: Any) -> None:
         tensor = first_tensor(output)
@@ -312,18 +316,25 @@ def visit(
             )
         seen[layer] += 1
         keep(layer, tensor, row)
+        if not whole and min(seen.values()) == passes:
+            raise _Enough
 
     known = dict(model.named_modules(remove_duplicate=False))
     if unknown := [layer for layer in seen if layer not in known]:
         raise ValueError(f"layer {unknown[0]!r}: {type(model).__name__} has no such module; see model.named_modules()")
     with listening({layer: known[layer] for layer in seen}, look), evaluating(model), torch.no_grad():
         for inputs, labels in sample:
-            size = len(labels)
-            call(model, laid_out(to_device(inputs, device_of(model)), layout))
+            size, passes = len(labels), passes + 1
+            with suppress(_Enough):
+                call(model, laid_out(to_device(inputs, device_of(model)), layout))
             row += size
     odd = [layer for layer, count in seen.items() if count != len(sample)]
     if odd:
         raise ValueError(f"layer {odd[0]}: not called once in a forward pass, so it has no one feature; leave it out")
+
+
+class _Enough(BaseException):
+    """Ends a forward pass; no exception that a network's own code would catch."""
 
 
 def pairs(

@@ -59,6 +59,16 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy to try things on: modules and buffers of its own, parameters of its own that hold the model's values.
+
+    A large model need not fit twice. What cuts layers or zeroes them puts other values in the place of these.
+    """
+    plain = [p for p in model.parameters() if type(p) is nn.Parameter and type(p.data) is torch.Tensor]
+    shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in plain if not p.is_inference()}
+    return copy.deepcopy(model, shared)
+
+
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Buffers, attributes and what containers among them hold are put back after the block.

@@ -6,7 +6,6 @@ products; fvcore adds batch norm at 2 per element (the convention of Lu et al.) 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import statistics
@@ -25,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from modprune._inputs import batch_size, call, device_of, join, take, to_device
-from modprune._state import evaluating, plain_attention
+from modprune._state import copied, evaluating, plain_attention
 
 
 def count_params(model: nn.Module) -> int:
@@ -182,11 +181,11 @@ def macs_by_counter(model: nn.Module, example_inputs: Any) -> dict[str, dict[str
             with (
                 warnings.catch_warnings(),
                 torch.no_grad(),
-                evaluating(copy.deepcopy(model)) as copied,
+                evaluating(copied(model)) as trial,
                 _visible_attention(),
             ):
                 warnings.simplefilter("ignore")  # both import and call what their own dependencies have deprecated
-                macs = count(copied, arguments)
+                macs = count(trial, arguments)
         except Exception:  # copies, tracing and hooks fail in many ways, and a cross-check must not cost the report
             continue
         if macs.get(""):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from modprune._inputs import first_line
 from modprune._processes import check_alike, everyones, from_first, place
 from modprune._random import undisturbed
+from modprune._state import copied
 from modprune.blocks import Block, Blocks, find_blocks, tied_params
 from modprune.budget import Budget, Candidate, check_fraction, choose
 from modprune.cost import count_macs, count_params, latency_by_module, macs_by_module
@@ -125,7 +125,7 @@ class ModularityPruner:
         macs = max(count_macs(self.model, self.example_inputs), 1)
         totals = macs, count_params(self.model), times.get("", 0)
         gone: list[Candidate] = []
-        model = self.model if self.iterative_steps == 1 else copy.deepcopy(self.model)
+        model = self.model if self.iterative_steps == 1 else copied(self.model)
         for stage in range(1, self.iterative_steps + 1):
             left = self.budget.left(stage / self.iterative_steps, _freed(gone, totals), len(gone))
             if not left and self.scores is not None:
@@ -156,7 +156,7 @@ class ModularityPruner:
 
     def _with_width(self, plan: PruningPlan, width: float, totals: _Totals) -> PruningPlan:
         """The plan with the channels to cut once its blocks are gone; all on a copy."""
-        trial = plan.apply(copy.deepcopy(self.model), self.example_inputs)
+        trial = plan.apply(copied(self.model), self.example_inputs)
         blocks = find_blocks(trial, self.example_inputs)
         ignored = [name for name in self.ignored if name in dict(trial.named_modules())]
         cuts = choose_cuts(trial, blocks, self.example_inputs, width, ignored)

@@ -45,7 +45,7 @@ def save(model: nn.Module, path: str | Path) -> None:
             raise ValueError(f"{name}: sharded over devices (FSDP): save a model that holds the whole state dict")
         if value.layout != torch.strided or value.is_quantized or value.dtype in (torch.complex128, torch.complex32):
             raise ValueError(f"{name}: {value.layout} of {value.dtype}, which safetensors cannot hold")
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    tensors = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     plan, narrowed = removed_blocks(model), narrowed_layers(model)
     structure = {
         "plan": json.loads(plan.to_json()),
@@ -92,6 +92,16 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         for name, buffer in _unsaved(candidate).items():
             buffer.data = buffer.data.to(FLOATS.get(header["unsaved"].get(name), buffer.dtype))
     return model
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """No two in one piece of memory, which safetensors refuses."""
+    places, apart = set[int](), dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in places else tensor
+        places.add(place)
+    return apart
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@ is done here: a pass-through under the block's name keeps every other name, and 
 
 from __future__ import annotations
 
-import copy
 import difflib
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torch import nn
 from modprune._bare import check_bare
 from modprune._depgraph import dependency_graph
 from modprune._proof import outputs_of, problem_with, shapes_of, skipped_outputs
+from modprune._state import copied
 from modprune._trace import MARK, traced_kind, traced_outputs
 from modprune.blocks import Block, find_blocks
 from modprune.bypass import PassThrough, merged, norm_after, stand_ins, swap
@@ -46,7 +46,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) 
     if example_inputs is None:
         raise ValueError("the plan cuts channels too: give example_inputs, which torch-pruning traces the model with")
     before = shapes_of(outputs_of(model, example_inputs))
-    trial = remove_blocks(copy.deepcopy(model), plan.remove, **blocks)
+    trial = remove_blocks(copied(model), plan.remove, **blocks)
     count = count_params(trial)
     narrow(trial, plan.width, example_inputs)  # what can fail fails on the trial
     problem = problem_with(trial, {}, example_inputs, before, count - 1)

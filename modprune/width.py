@@ -6,7 +6,6 @@ and torch-pruning's index mapping of it is not always right (the padded shortcut
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from modprune._autograd import ACTIVATIONS, LAYOUT, SUMS, is_any
 from modprune._depgraph import Cut, cut_channels, dependency_graph, prune_channels
+from modprune._state import copied
 from modprune.blocks import Blocks
 
 # Autograd's names of operations that keep channels apart.
@@ -43,7 +43,7 @@ def choose_cuts(
     Raises:
         ValueError: if no layer has channels that can go; RuntimeError: if torch-pruning fails.
     """
-    trial = copy.deepcopy(model)
+    trial = copied(model)
     keep = {m for name in ignored for m in trial.get_submodule(name).modules()}
     layers = {layer for layer in inner_layers(trial, blocks, example_inputs) if layer not in keep}
     cuts = prune_channels(trial, example_inputs, ratio, layers) if layers else []

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modprune import PruningPlan, find_blocks
-from modprune._state import evaluating, state_kept, traceable
+from modprune._state import copied, evaluating, state_kept, traceable
 from tests.oracles import snapshot
 from tests.test_strangers import Net, Residual
 
@@ -289,3 +289,16 @@ def test_buffers_and_random_numbers_come_back():
     with traceable(model):
         model(torch.zeros(1, 2))
     assert snapshot(model) == before
+
+
+def test_a_copy_holds_the_values_of_the_model_and_nothing_else_of_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    model[2].weight.requires_grad_(False)
+    model.tied = model[0].weight
+    trial = copied(model)
+    assert all(a is not b for a, b in zip(model.parameters(), trial.parameters(), strict=True))
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(model.parameters(), trial.parameters(), strict=True))
+    assert [p.requires_grad for p in trial.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert trial.tied is trial[0].weight
+    trial.train()(torch.randn(2, 3, 2, 2))
+    assert not torch.equal(model[1].running_mean, trial[1].running_mean)

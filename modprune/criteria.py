@@ -28,6 +28,7 @@ from modprune.features import GIB, LayerGrams, drawn, labels_of, pairs, pooled
 from modprune.graph import modularity
 
 CHANCE = 0.01  # about what Q of 500 samples scatters by where features know nothing of the classes
+SLAB, FEW = 2**14, 8  # columns, and samples, that are held in float64 at a time
 T = TypeVar("T")
 
 
@@ -379,11 +380,20 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     Args:
         x, y: (N, ...) each; N at least 4.
     """
-    k, gram = ((rows := z.flatten(1).double()) @ rows.T for z in (x, y))
+    k, gram = _gram(x), _gram(y)
     between, within = _hsic(k, gram), _hsic(k, k) * _hsic(gram, gram)
     if not math.isfinite(within):
         raise ValueError("features of a block hold NaN or infinity: check the model and its inputs")
     return between / within**0.5 if within > 0 else 0.0
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Inner products (N, N) of flattened rows in float64, of some columns at a time: twice the features need not fit."""
+    total = x.new_zeros(len(x), len(x), dtype=torch.float64)
+    for columns in x.flatten(1).split(SLAB, 1):
+        exact = columns.double()
+        total.addmm_(exact, exact.T)
+    return total
 
 
 def _hsic(k: Tensor, gram: Tensor) -> float:
@@ -410,9 +420,14 @@ def _unlike(x: Tensor, y: Tensor, samples: int) -> float:
 def _turned(x: Tensor, y: Tensor, _: int) -> float:
     if x.shape != y.shape:
         return 1.0
+    pieces = zip(x.split(FEW), y.split(FEW), strict=True)  # in float64 not all of them need fit
+    return 1 - float(torch.cat([_cosines(a, b) for a, b in pieces]).mean())
+
+
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Of each token, or of each sample where there are none; 1 where nothing has changed, zeros too."""
     x, y = (z.double() if z.ndim == 3 else z.flatten(1).double() for z in (x, y))
-    cosines = F.cosine_similarity(x, y, dim=-1)
-    return 1 - float(torch.where((x == y).all(-1), 1, cosines).mean())  # of what is unchanged, zeros too
+    return torch.where((x == y).all(-1), 1, F.cosine_similarity(x, y, dim=-1))
 
 
 def _at_points(

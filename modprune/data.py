@@ -198,8 +198,10 @@ class ImageLoader:
 
 
 def calibration(data: ImageData, seed: int = 0, device: torch.device | str = "cpu") -> ImageLoader:
-    """Batches to measure on: shuffled, of 100 images, or of all that a process has if there are fewer."""
-    return ImageLoader(data, max(1, min(100, len(data) // place()[1])), shuffle=True, seed=seed, device=device)
+    """Batches to measure on: shuffled, of 100 images at most, and so many that hardly an image is left over."""
+    share = len(data) // place()[1]
+    size = share // max(1, -(-share // 100))
+    return ImageLoader(data, max(1, size), shuffle=True, seed=seed, device=device)
 
 
 def _crop(padded: Tensor, index: Tensor, crops: Tensor, data: ImageData) -> Tensor:

@@ -71,7 +71,7 @@ def prune_job(
         test: as `train`.
         out: a folder, made if needed.
         flops, params, blocks, latency, width, criterion: see `ModularityPruner`. A criterion given by
-            name measures all images there are where its default is more.
+            name measures all images there are, to the last whole batch, where its default is more.
         recipe: of the fine-tuning; None leaves it out.
         batch_size, pad: of the training images, see `ImageLoader`.
         seed: of calibration images, order and augmentation.

@@ -153,3 +153,11 @@ def test_an_epoch_ends_with_its_last_batch_for_those_who_count_them():
         epochs.append(torch.cat([next(batches)[2] for _ in range(len(loader))]).tolist())
     assert epochs[0][:8] == first.tolist()
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize("count", [1, 99, 100, 101, 150, 199, 450, 1437])
+def test_hardly_an_image_is_left_over_in_calibration(count):
+    loader = calibration(digits(train=True).subset(torch.arange(count)))
+    assert 0 <= count - loader.samples < -(-count // 100)
+    assert loader.batch_size <= 100
+    assert sum(len(labels) for _, labels, _ in loader) == loader.samples

@@ -17,6 +17,8 @@ from benchmarks.tables import OURS, load
 from modprune import ModularityCurve
 from modprune.picture import BLUE, GREY, RED, save_picture
 
+LEFT, BELOW = {"xytext": (-7, 0), "ha": "right", "va": "center"}, {"xytext": (-6, -8), "ha": "left", "va": "top"}
+SIDES = (LEFT, LEFT, BELOW, LEFT)  # of the star of each of `OURS` where its name hides none
 MARKS = {"blocks": ("s", BLUE), "channels": ("o", GREY)}
 
 
@@ -32,7 +34,12 @@ def pareto() -> None:
 
     Time is ours alone: nobody publishes it.
     """
-    reports = [load(name)["report"] for name in OURS]
+    runs = [load(name) for name in OURS]
+    reports = [run["report"] for run in runs]
+    names = [
+        f"{len(run['removed'])} {what.replace('blocks and', '+')}"
+        for run, what in zip(runs, OURS.values(), strict=True)
+    ]
     base = reports[0]["original"]["accuracy"]["top1"]
     axes = Figure(figsize=(11, 4), layout="constrained").subplots(1, 3, sharey=True)
     for ax, what in zip(axes, ("MACs", "parameters", "time of a batch of 64"), strict=True):
@@ -41,8 +48,10 @@ def pareto() -> None:
             published(ax, what)
         ours = [(removed(report)[what], report["pruned"]["accuracy"]["top1"]) for report in reports]
         ax.plot(*zip(*ours, strict=True), "*", color=RED, ms=15, label="modprune", zorder=3)
+        for place, name, where in zip(ours, names, SIDES, strict=True):
+            ax.annotate(name, place, textcoords="offset points", fontsize=7, color=RED, **where)
         ax.set_xlabel(f"{what} removed, %")
-        ax.set_xlim(0, 80)
+        ax.set_xlim(0, 84)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("Top-1 on CIFAR-10, %")
     axes[0].figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)

@@ -131,17 +131,17 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """A batch as `(inputs, labels)`; labels are None where the batch has none that make a tensor.
 
     Raises:
-        ValueError: if the batch is neither a tuple of at least two items, a mapping, nor a tensor.
+        ValueError: if the batch is neither a tuple or list of something, a mapping, nor a tensor.
     """
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != "labels"}, _as_labels(batch.get("labels"))
     if isinstance(batch, Tensor):
         return batch, None
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        return batch[0], _as_labels(batch[1])
+    if isinstance(batch, (tuple, list)) and batch:
+        return batch[0], _as_labels(batch[1]) if len(batch) > 1 else None
     raise ValueError(
-        f"a batch of type {type(batch).__name__} is not understood: "
-        "a loader gives (inputs, labels, ...), or a dict with 'labels'"
+        f"a batch of type {type(batch).__name__} is not understood: a loader gives (inputs, labels, ...), "
+        "or a dict with 'labels'; where none are needed, inputs alone"
     )
 
 

@@ -41,8 +41,8 @@ app = typer.Typer(
 
 Out = Annotated[Path, typer.Option(help="Folder for study.json, study.png, study.svg and study.md.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted study in --out.")]
-Cuts = Annotated[int, typer.Option(min=1, help="Blocks of the largest cut.")]
-Epochs = Annotated[int, typer.Option(min=0, help="Of fine-tuning each cut; 0 leaves it out.")]
+Cuts = Annotated[int, typer.Option(min=1, help="How many blocks the largest cut removes; smaller ones remove fewer.")]
+Epochs = Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning each cut; 0 leaves it out.")]
 
 
 def _each_model(values: list[str]) -> list[str]:
@@ -105,7 +105,7 @@ def training(
     model: Model, out: Out,
     weights: Annotated[Path | None, typer.Option(help="Weights to start from; fresh ones if none.")] = None,
     data: Data = "cifar10", data_dir: DataDir = Path("data"),
-    epochs: Annotated[int, typer.Option(min=1, help="Of training.")] = 30, lr: Rate = 0.1, k: K = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 30, lr: Rate = 0.1, k: K = 3,
     samples: Samples = 500, seed: Seed = 0, device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip
     """Train a network and follow Q of every layer over the epochs, beside its Top-1 on the test images."""
@@ -164,7 +164,7 @@ def ablation(
 @app.command()
 def plateaus(
     model: Model, weights: Weights, out: Out, data: Data = "cifar10", data_dir: DataDir = Path("data"),
-    cuts: Annotated[list[int], typer.Option(min=1, help="Blocks to remove in a cut; give one or more.")] = [1, 2, 4],  # noqa: B006
+    cuts: Annotated[list[int], typer.Option(min=1, help="Blocks that a cut removes; one or more cuts.")] = [1, 2, 4],  # noqa: B006
     epochs: Epochs = 0, lr: Rate = 0.05, k: K = 3, samples: Samples = 500, repeats: Repeats = 5, seed: Seed = 0,
     device: Device = "auto", resume: Resume = False,
 ) -> None:  # fmt: skip

@@ -52,7 +52,7 @@ class Block:
         kind: "identity" (the shortcut is x: the whole block can go), "transition" (the shortcut changes the shape: the
             branch can go) or "plain" (convolution, norm and activation that keep the shape).
         params: parameters that go with it; those shared with other layers do not.
-        macs: MACs per sample that go with it, by the primary counter.
+        macs: MACs per sample that go with it, see `count_macs`.
         layers: qualified names of the layers that go with it, in the order of `model.named_modules()`.
         end: the layer whose output is the block's: itself; of a plain unit its activation, or norm if that is no layer.
         exact: whether the block with all parameters zero gave its input back bit for bit, the proof that the

@@ -49,7 +49,8 @@ class PassThrough(nn.Module):
             x = first_tensor(given)
             return given[0] if x is None else x
         items = [given[i] if 0 <= i < len(given) else None for i in self.modprune_outputs]
-        whole = next(iter((*args, *kwargs.values())), None)
+        values = (*args, *kwargs.values())  # next(..., None) is not for torch.export of torch 2.6
+        whole = values[0] if values else None
         return like(whole, items) if isinstance(whole, tuple) and len(whole) == len(items) else tuple(items)
 
 

@@ -108,7 +108,7 @@ def blocks(
     try:
         found = modprune.find_blocks(network, example)
     except RuntimeError as error:
-        raise RuntimeError(f"{error}; --size says how large its images are") from error
+        raise RuntimeError(f"{error}; the commands give images: --size says how large") from error
     macs, params = modprune.count_macs(network, example), modprune.count_params(network)
     width = max(map(len, ("block", *found.names, *found.refused)))
     print(f"{'block':<{width}} {'kind':<11} {'parameters':>11} {'of all':>7} {'MACs':>12} {'of all':>7}")

@@ -37,7 +37,7 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """MACs of one sample's forward pass, by the primary counter.
+    """MACs of one sample's forward pass: of convolutions, linear layers and the products of attention.
 
     >>> count_macs(nn.Linear(3, 2), torch.zeros(1, 3))
     6

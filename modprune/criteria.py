@@ -109,7 +109,7 @@ class ModularityPooled:
     """By what factor Q of globally pooled features grows across the block, as a logarithm.
 
     Where in the image a feature lies no longer makes two samples alike. Q of such features grows by factors: gains
-    would rank blocks by their depth. Q counts as `CHANCE` at least. Ours: the Q of Lu et al. (ECCV 2022) on the
+    would rank blocks by their depth. Q counts as 0.01 at least. Ours: the Q of Lu et al. (ECCV 2022) on the
     features of `LinearProbe`.
     """
 
@@ -388,7 +388,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """Inner products (N, N) of flattened rows in float64, of some columns at a time: twice the features need not fit."""
+    """Inner products (N, N) of flattened rows in float64, of some columns at a time, so that all need not fit."""
     total = x.new_zeros(len(x), len(x), dtype=torch.float64)
     for columns in x.flatten(1).split(SLAB, 1):
         exact = columns.double()

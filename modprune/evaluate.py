@@ -36,7 +36,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
 
     Raises:
         ValueError: for an empty loader, missing labels or labels beyond the number of classes.
-        RuntimeError: for logits that are NaN.
+        RuntimeError: for logits that are NaN or infinite.
     """
     samples = 0
     totals = torch.zeros(3, dtype=torch.float64)

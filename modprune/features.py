@@ -115,7 +115,7 @@ def _draw_here(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sa
     pool = [(take(x, i, i + 1), y[i : i + 1]) for x, y in batches for i in range(len(y))]
     size = max((len(y) for _, y in batches), default=1)
     if len(pool) < samples:
-        enough = f": pass samples={len(pool)}" if pool else ONCE
+        enough = f": ask for {len(pool)} at most" if pool else ONCE
         raise ValueError(f"the loader holds {len(pool)} samples, {samples} are asked for{enough}")
     for repeat in range(drawn, repeats):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(repeat))

@@ -83,8 +83,9 @@ def finetune(
         recipe: the fields of `Recipe`: epochs, lr, momentum, weight_decay, warmup, distill, temperature.
 
     Raises:
-        ValueError: for arguments out of range, a model that is its own teacher or has nothing to train, or a folder
-            with states of an unfinished run without `resume`, or of one with another recipe, network or more epochs.
+        ValueError: for arguments out of range, a model that is its own teacher or has nothing to train, a folder with
+            states of a run, finished or not, without `resume`, or with states of another recipe, network or more
+            epochs.
         OSError: if `checkpoints` cannot be written.
         RuntimeError: if the loss stops being finite (more than `halvings` times); names epoch and step. The newest
             state stays, and the model keeps what broke it. Also where accelerate has not seen the processes of

@@ -81,11 +81,12 @@ def cut_again(model: nn.Module, state: Any) -> None:
 class GradualPruning:
     """Meets a budget in stages, between which a loop of your own trains. Call it after every epoch, or every step.
 
-    The fractions are of the model as it is when this is first made. After each stage, what holds on to the old
-    parameters other than the optimizers is due anew, see `ModularityPruner.step`. To go on in another process, keep
-    `state_dict()` in the checkpoint and give it as `state`, before the weights come back and the optimizer is made. One
-    with groups by layer is made before, and `state` given inside `carry_over`, which keeps groups that are empty now.
-    What a callable `at` remembers is its own: `Settled` has to look twice again.
+    Of MACs, parameters or blocks; `latency` and `width` are for `ModularityPruner`. The fractions are of the model as
+    it is when this is first made. After each stage, what holds on to the old parameters other than the optimizers is
+    due anew, see `ModularityPruner.step`. To go on in another process, keep `state_dict()` in the checkpoint and give
+    it as `state`, before the weights come back and the optimizer is made. One with groups by layer is made before, and
+    `state` given inside `carry_over`, which keeps groups that are empty now. What a callable `at` remembers is its own:
+    `Settled` has to look twice again.
 
     Args:
         model: a bare module.

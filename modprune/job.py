@@ -62,8 +62,8 @@ def prune_job(
 
     Writes to `out`: `run.json` (arguments, versions, commit, host, whether it is finished), `plan.json`, `curve.json`
     and `curve.png` (if blocks are chosen by a curve of Q), `metrics.csv` after each epoch, `model.safetensors`,
-    `report.json`, `report.md`; while it trains also `checkpoints/`. Files are whole or not there at any moment. Those
-    of a finished run that was there go once the new one has its plan.
+    `report.json`, `report.md`, what trackers log; while it trains also `checkpoints/`. Files are whole or not there at
+    any moment. Those of a finished run that was there go once the new one has its plan.
 
     Args:
         model: on the device to work on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modprune._files import write_bytes
 
@@ -19,6 +19,7 @@ BLUE, GREY, RED = "#1f5a96", "#8c8c8c", "#c8442f"
 
 def plot_curve(curve: ModularityCurve, ax: Axes | None = None, removed: Sequence[str] = ()) -> Axes:
     """Mean Q per layer in a band of one standard deviation; plateaus grey, degradations red, removed blocks crossed."""
+    own = ax is None
     if ax is None:
         from matplotlib.figure import Figure  # no pyplot: no window, no state of the user's is touched
 
@@ -40,7 +41,14 @@ def plot_curve(curve: ModularityCurve, ax: Axes | None = None, removed: Sequence
     ax.set_xlim(-0.5, len(curve.layers) - 0.5)
     ax.set_ylabel("modularity Q")
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(loc="upper left", framealpha=0.9, edgecolor="none", fontsize=8)
+    above: Any = {
+        "loc": "lower left",
+        "bbox_to_anchor": (0, 1),
+        "ncols": 4,
+        "frameon": False,
+    }  # hides nothing
+    inside: Any = {"loc": "upper left", "framealpha": 0.9, "edgecolor": "none"}  # above, somebody's title may stand
+    ax.legend(fontsize=8, **(above if own else inside))
     return ax
 
 

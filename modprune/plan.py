@@ -120,7 +120,17 @@ class PruningPlan:
         return cls(**data)
 
     def apply(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
-        """Carry the plan out on `model` in place and return it; see `modprune.surgery.apply_plan`."""
+        """Carry the plan out on `model` in place, prove that it runs, and return it.
+
+        Args:
+            model: a bare module, as it was when the plan was made.
+            example_inputs: a tensor, a tuple or a dict. Without it nothing is proven, kinds that the plan does
+                not give are found out by tracing each block, and no channels can be cut.
+
+        Raises:
+            ValueError: for a plan that does not fit the model; RuntimeError: if the pruned model fails its proof. The
+                model is as it was.
+        """
         from modprune.surgery import apply_plan  # the one step back along the way of the data
 
         return apply_plan(model, self, example_inputs)

@@ -39,16 +39,16 @@ class ModularityPruner:
         blocks: how many blocks to remove, exactly.
         latency: fraction of the time of a forward pass to remove, at least, in place of `flops`: as measured here and
             now on `example_inputs`, whose batch size counts. Blocks of equal cost are taken to be equally fast.
-        width: fraction of the channels to cut afterwards from each layer inside the blocks that stay, by torch-pruning
-            (see `modprune.width`); None for none.
+        width: fraction of the channels to cut afterwards from each layer inside the blocks that stay, by torch-pruning;
+            None for none.
         ignored_layers: modules or names that must stay: no block that is one, is inside one or holds one goes.
         iterative_steps: 1 chooses all blocks from one measurement. With n > 1 the budget is met in n equal stages,
             the network measured anew before each.
 
     Of several processes (torch.distributed) all make the pruner and call it together, with the same weights. Each
     measures its share of the samples: modularity and the linear classifiers gather the features, so that their scores
-    are those of one process; what the other criteria score is averaged (`block_influence` and `cka` read all that the
-    loader of a process gives). All take the buffers of the first before.
+    are those of one process; what the other criteria score is averaged (`block_influence` and `cka` take all of
+    their samples from the loader of each). All take the buffers of the first before.
 
     Raises:
         ValueError: for budgets out of range, a model without removable blocks, an unknown criterion or layer.

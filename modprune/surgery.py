@@ -133,8 +133,9 @@ def _check(model: nn.Module, names: Sequence[str]) -> None:
         if name in gone:
             raise ValueError(f"{name}: already removed from this model")
         if name not in known or not name:
-            near = ", ".join(difflib.get_close_matches(str(name), known, 3)) or "see model.named_modules()"
-            raise ValueError(f"{name!r}: {type(model).__name__} has no such block; near: {near}")
+            near = ", ".join(difflib.get_close_matches(str(name), known, 3))
+            see = f"near: {near}" if near else "see model.named_modules()"
+            raise ValueError(f"{name!r}: {type(model).__name__} has no such block; {see}")
     nested = [(inner, outer) for inner in names for outer in names if inner.startswith(outer + ".")]
     if nested or len(set(names)) < len(names):
         twice = nested[0][0] if nested else next(name for name in names if list(names).count(name) > 1)

@@ -25,8 +25,8 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     average) or "_orig_mod." (of torch.compile) are understood.
 
     Raises:
-        OSError: if the file is not there; ValueError: if it is truncated, would run code, is no state dict or is of
-            another network or number of classes; one line, and the model stays as it was.
+        OSError: if the file is not there; ValueError: if it is truncated, would run code, is no state dict, holds
+            NaN or is of another network or number of classes; one line, and the model stays as it was.
     """
     check_filled(model)
     path = Path(path)
@@ -40,7 +40,8 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{path}: holds no state dict (names with tensors); save model.state_dict() to it")
+        held = f" but {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, Mapping) and state else ""
+        raise ValueError(f"{path}: holds no state dict (names with tensors){held}; save model.state_dict() to it")
     tensors = {str(name): tensor for name, tensor in state.items() if name != "n_averaged"}
     while not tensors.keys() <= model.state_dict().keys() and any(map(_PREFIX.match, tensors)):
         tensors = {_PREFIX.sub("", name): tensor for name, tensor in tensors.items()}

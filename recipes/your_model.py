@@ -14,7 +14,7 @@ schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
 PRUNE_AT = 2
 
 for epoch in range(4):
-    if epoch == PRUNE_AT:  # the five lines to add
+    if epoch == PRUNE_AT:  # the lines to add
         criterion = modprune.criteria.Modularity(samples=64)
         pruner = modprune.ModularityPruner(model, images[:1], loader, criterion, blocks=2)
         with modprune.carry_over(model, optimizer):  # momentum and schedule go on with what stays

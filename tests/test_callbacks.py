@@ -263,6 +263,9 @@ def test_transformers_asks_once_for_each_epoch(tmp_path):
     assert len(removed_blocks(trainer.model).remove) == 2
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 saves under the names in memory"
+)
 def test_transformers_that_saves_under_other_names_is_told(tmp_path):
     callback = TransformersCallback(at=(1,), blocks=1, criterion="l1_norm")
     trainer_of(vit, tmp_path, callback).train()

@@ -147,7 +147,7 @@ def test_errors_are_one_line_with_the_right_code(arguments, code, message, monke
 def test_without_a_command_it_shows_its_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["modprune"])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match=r"^[02]$"):  # 0 with click before 8.2
         main()
     assert "evaluate" in "".join(capsys.readouterr())
 

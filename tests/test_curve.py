@@ -169,7 +169,7 @@ def test_the_model_is_left_as_found():
     ("arguments", "message"),
     [
         ({"k": 60, "samples": 60}, "k=60 with 60 samples"),
-        ({"samples": 130}, "holds 120 samples, 130 are asked for: pass samples=120"),
+        ({"samples": 130}, "holds 120 samples, 130 are asked for: ask for 120 at most"),
         ({"samples": 4, "k": 1}, "4 samples of as many classes"),
         ({"samples": 9000}, "at most 8192"),
         ({"repeats": 0}, "repeats=0"),

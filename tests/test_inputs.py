@@ -43,9 +43,13 @@ def test_a_batch_is_split_from_its_labels():
         inputs, labels = split_batch(batch)
         assert torch.equal(labels, torch.arange(4))
         assert torch.equal(inputs["x"] if isinstance(inputs, dict) else inputs, X)
-    assert split_batch(X)[1] is None
-    with pytest.raises(ValueError, match="a batch of type str is not understood"):
-        split_batch("x")
+    for batch in (X, [X], {"x": X}):  # a list of one is what a TensorDataset without labels gives
+        inputs, labels = split_batch(batch)
+        assert labels is None
+        assert (inputs["x"] if isinstance(inputs, dict) else inputs) is X
+    for batch in ("x", []):
+        with pytest.raises(ValueError, match=f"a batch of type {type(batch).__name__} is not understood"):
+            split_batch(batch)
 
 
 class Pair(NamedTuple):

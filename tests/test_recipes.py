@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -169,7 +170,8 @@ def test_imagenet(tmp_path, capsys, monkeypatch):
             imagenet.main(imagenet.parse([*options, *other, "--epochs", "2", "--resume"]))
     torch.save(weights, tmp_path / "w.pt")
     again = [sys.executable, str(RECIPES / "imagenet.py"), *options, "--epochs", "3", "--resume"]
-    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    env = dict(os.environ)  # readline, once something loads it, would tell the child a width of its own
+    done = subprocess.run(again, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     with pytest.raises(ValueError, match="holds the state of a run: resume it, or give another folder"):
         imagenet.main(imagenet.parse(options))

@@ -83,6 +83,7 @@ def test_unsuitable_names_and_wrappers_leave_the_model_whole():
     before = model(X)
     for names, kinds, message in (
         (["layer9.1"], [], "no such block; near: layer"),
+        (["?"], [], r"no such block; see model\.named_modules"),
         (["conv1"], [], "cannot be removed"),
         (["layer1.0", "linear"], [], "cannot be removed"),
         ([""], [], "no such block"),

@@ -61,6 +61,7 @@ def test_bad_weights_are_one_line_and_change_nothing(tmp_path, capsys):
     torch.save(resnet20().state_dict(), tmp_path / "whole.th")
     (tmp_path / "truncated.th").write_bytes((tmp_path / "whole.th").read_bytes()[:50_000])
     torch.save([1, 2], tmp_path / "list.th")
+    torch.save({"net": resnet20().state_dict(), "epoch": 3}, tmp_path / "nested.th")
     (tmp_path / "text.th").write_text('{"a": 1}')
     model = resnet56()
     before = model.eval()(X)
@@ -69,7 +70,8 @@ def test_bad_weights_are_one_line_and_change_nothing(tmp_path, capsys):
         ("pickle.th", "would run code|not a PyTorch file"),
         ("truncated.th", "truncated"),
         ("text.th", "not a PyTorch file"),
-        ("list.th", "no state dict"),
+        ("list.th", r"no state dict \(names with tensors\); save"),
+        ("nested.th", "no state dict .* but 'net', 'epoch'; save"),
         ("whole.th", "another network"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

@@ -50,7 +50,7 @@ class CifarResNet(nn.Module):
     """A stem of 16 channels, three stages of 16, 32 and 64 channels, global average pooling, one linear layer.
 
     Args:
-        blocks: number of blocks in each of the three stages, at least 1.
+        blocks: number of blocks in each of the three stages, at least 1, as in `(3, 3, 3)`.
         num_classes: size of the output.
         in_channels: channels of the input: 3 for CIFAR, 1 for grey images.
     """

@@ -45,7 +45,7 @@ def attacks(
         model: an image classifier, left as found.
         loader: batches of normalised images, `(images, labels, ...)`.
         mean, std: per channel, what the images were normalised by: attacks work on [0, 1].
-        names: of the attacks, see `modprune.studies.adversarial.ATTACKS`.
+        names: of the attacks: "fgsm", "pgd", "cw", "jsma", "one_pixel", "local_search".
         k, samples: see `modularity_curve`.
         parts: where finished attacks are kept.
 
@@ -109,7 +109,7 @@ def _correct(
             images, labels = (torch.cat(parts)[:samples] for parts in zip(*kept, strict=True))
             return images, labels
     found = sum(len(y) for _, y in kept)
-    raise ValueError(f"the network gets {found} images right, {samples} are asked for: pass samples={found}")
+    raise ValueError(f"the network gets {found} images right, {samples} are asked for: ask for {found} at most")
 
 
 def draw(numbers: Mapping[str, Any]) -> Figure:

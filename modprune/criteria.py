@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._inputs import take
+from modprune._inputs import first_line, take
 from modprune._state import traceable
 from modprune.blocks import Blocks
 from modprune.bypass import bypassed
 from modprune.curve import ModularityCurve, check_classes, modularity_curve, points, q_of
 from modprune.evaluate import evaluate, logits_and_labels
 from modprune.features import GIB, LayerGrams, drawn, labels_of, pairs, pooled
-from modprune.graph import modularity
+from modprune.graph import check_labels, modularity
 
 CHANCE = 0.01  # about what Q of 500 samples scatters by where features know nothing of the classes
 SLAB, FEW = 2**14, 8  # columns, and samples, that are held in float64 at a time
@@ -47,12 +47,18 @@ class BlockScores:
     curve: ModularityCurve | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError if the values are of another shape."""
-        if np.ndim(self.values) != 2 or np.shape(self.values)[1] != len(self.names):
+        """Raise ValueError if the values are no numbers or of another shape, or a name comes twice."""
+        try:
+            values = np.asarray(self.values, np.float64)
+        except (TypeError, ValueError, RuntimeError) as error:  # texts, ragged lists, tensors with gradients
+            raise ValueError(f"the values of blocks are no array of numbers: {first_line(error)}") from None
+        if values.ndim != 2 or not len(values) or values.shape[1] != len(self.names):
             raise ValueError(
-                f"the values of {len(self.names)} blocks have shape {np.shape(self.values)}: "
-                f"give (repeats, {len(self.names)})"
+                f"the values of {len(self.names)} blocks have shape {values.shape}: give (repeats, {len(self.names)})"
             )
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"the names of blocks come more than once: {', '.join(self.names):.90}")
+        object.__setattr__(self, "values", values)
 
     @property
     def mean(self) -> dict[str, float]:
@@ -442,9 +448,10 @@ def _at_points(
     drawn_samples = drawn(loader, samples, repeats)
     layers, values = points(model, blocks, take(drawn_samples[0][0][0], 0, 1)), []
     for sample in drawn_samples:
-        labels = labels_of(sample).cpu().numpy()
+        labels = labels_of(sample).cpu()
+        check_labels(labels, len(labels))
         features = pooled(model, layers, sample)
-        values.append([measure(features[layer].numpy(), labels) for layer in layers])
+        values.append([measure(features[layer].numpy(), labels.numpy()) for layer in layers])
     return layers[0], np.array(values)
 
 

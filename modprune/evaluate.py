@@ -78,10 +78,11 @@ def logits_and_labels(
     if logits is None or logits.ndim != 2 or labels is None:
         raise ValueError("Top-1 and loss need logits of shape (B, classes) and labels: check the model and the loader")
     labels = labels.to(logits.device)
-    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+    if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             f"labels are {logits.shape[0]} integers, one for each row of logits; "
             f"given {labels.dtype} of shape {tuple(labels.shape)}: check the loader"
         )
+    labels = labels.long()  # few operations take the unsigned ones
     check_range(labels, logits.shape[1])
-    return logits.float(), labels.long()
+    return logits.float(), labels

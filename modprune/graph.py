@@ -60,7 +60,8 @@ def modularity(features: Tensor, labels: Tensor, k: int = 3) -> float:
     >>> round(modularity(features, torch.tensor([0, 0, 1, 1]), k=1), 6)
     0.5
     """
-    check_labels(labels, len(features))
+    check_features(features)
+    check_labels(labels, len(features))  # before the work, not after
     return graph_modularity(feature_graph(features, k), labels)
 
 
@@ -73,13 +74,7 @@ def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
     Raises:
         ValueError: if features are not floating point, hold NaN or infinity or no columns, or `k` is not in 1..N-1.
     """
-    if not isinstance(features, Tensor):
-        raise ValueError(f"features in a {type(features).__name__}: a tensor is needed, as torch.as_tensor makes it")
-    if not features.is_floating_point() or features.ndim < 2 or features[:1].numel() == 0:
-        raise ValueError(
-            f"features of shape {tuple(features.shape)} and type {features.dtype}: "
-            "floating point with a row of at least one value for each sample is needed"
-        )
+    check_features(features)
     k = check_k(k, len(features))
     rows = features.detach().flatten(1)
     rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -133,6 +128,17 @@ def check_k(k: int, samples: int) -> int:
     if not 1 <= k < samples or k != int(k):
         raise ValueError(f"k={k} with {samples} samples: k is an integer, at least 1 and below the number of samples")
     return int(k)
+
+
+def check_features(features: Tensor) -> None:
+    """Raises ValueError unless features are a floating-point tensor with a row for each sample."""
+    if not isinstance(features, Tensor):
+        raise ValueError(f"features in a {type(features).__name__}: a tensor is needed, as torch.as_tensor makes it")
+    if not features.is_floating_point() or features.ndim < 2 or features[:1].numel() == 0:
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} and type {features.dtype}: "
+            "floating point with a row of at least one value for each sample is needed"
+        )
 
 
 def check_labels(labels: Tensor, samples: int) -> None:

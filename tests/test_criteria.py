@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 
 import numpy as np
@@ -460,10 +461,39 @@ def test_a_criterion_that_leaves_a_block_out_or_gives_something_else_is_named():
         Ablation(repeats=0)(model, blocks, LABELLED)
 
 
-@pytest.mark.parametrize("shape", [(2,), (3, 2, 1), (1, 3)])
+@pytest.mark.parametrize("shape", [(2,), (3, 2, 1), (1, 3), (0, 2)])
 def test_scores_of_another_shape_than_repeats_by_blocks_are_refused(shape):
     with pytest.raises(ValueError, match=r"2 blocks have shape .*: give \(repeats, 2\)"):
         BlockScores(("a", "b"), np.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "message"),
+    [
+        ("ab", [["1", "x"]], "no array of numbers: could not convert"),
+        ("ab", [[1, 2], [3]], "no array of numbers"),
+        ("ab", torch.zeros(1, 2, requires_grad=True), "no array of numbers: Can't call numpy"),
+        ("aa", [[1, 2]], "names of blocks come more than once: a, a"),
+    ],
+)
+def test_scores_that_are_none_are_refused(names, values, message):
+    with pytest.raises(ValueError, match=message):
+        BlockScores(tuple(names), values)
+
+
+@pytest.mark.parametrize("values", [[[1, 2.5]], torch.tensor([[1, 2.5]], dtype=torch.float16)])
+def test_scores_are_float64_whatever_they_were_given_as(values):
+    scores = BlockScores(("a", "b"), values)
+    assert scores.values.dtype == np.float64
+    assert scores.mean == {"a": 1.0, "b": 2.5}
+
+
+@pytest.mark.parametrize("criterion", ["dbp", "linear_probe"])
+def test_classifiers_want_labels_that_are_integers(criterion):
+    probed, model = dataclasses.replace(CRITERIA[criterion](), samples=20), resnet20()
+    blocks, batch = find_blocks(model, X[:1]), (torch.randn(20, 3, 8, 8), torch.arange(20) % 2 / 1)
+    with pytest.raises(ValueError, match=r"labels of type torch\.float32: integers"):
+        probed(model, blocks, [batch])
 
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -25,9 +25,9 @@ def test_by_hand():
     assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
 def test_labels_are_integers_of_any_width_and_empty_batches_count_nothing(dtype):
-    batches = [(torch.eye(3), torch.arange(3, dtype=dtype)), (torch.zeros(0, 3), torch.zeros(0, dtype=dtype))]
+    batches = [(torch.eye(3), torch.arange(3).to(dtype)), (torch.zeros(0, 3), torch.zeros(0, dtype=dtype))]
     result = evaluate(Given(), batches)
     assert (result.top1, result.samples) == (100, 3)
 
@@ -40,6 +40,11 @@ def test_labels_are_integers_of_any_width_and_empty_batches_count_nothing(dtype)
         ([(torch.full((2, 3), torch.inf), torch.tensor([0, 1]))], RuntimeError, "gives NaN or inf"),
         ([(torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.long))], ValueError, r"2 integers.* of shape \(2, 1\)"),
         ([(torch.zeros(2, 3), torch.zeros(2))], ValueError, r"2 integers.* given torch.float32"),
+        (
+            [(torch.zeros(2, 3), torch.zeros(2, dtype=torch.complex64))],
+            ValueError,
+            r"2 integers.* given torch.complex64",
+        ),
         ([], ValueError, "no batch"),
         ([torch.zeros(2, 3)], ValueError, "need logits"),
     ],

@@ -1,4 +1,4 @@
-"""The experiments of Lu et al. (ECCV 2022) on public checkpoints, and the page that holds their claims against them.
+"""The experiments of Lu et al. (ECCV 2022), and the page that holds their claims against what they give here.
 
     python -m benchmarks.paper --data-dir DIR --weights-dir DIR [NAME ...]
 
@@ -177,7 +177,7 @@ def run(name: str, data_dir: Path, weights_dir: Path) -> None:
 def page() -> str:
     """Each claim, what agreeing means, what was found; as Markdown."""
     lines = [
-        "# The paper's claims, on public checkpoints",
+        "# The paper's claims, held against what is measured here",
         "",
         "Lu et al., *Understanding the Dynamics of DNNs Using Graph Modularity* (ECCV 2022), study by study, on",
         "CIFAR-10. What counts as agreeing stands in `benchmarks/paper.py`, and was not moved once a study had run.",

@@ -86,19 +86,22 @@ def _centred(gram: Tensor) -> Tensor:
 
 
 def draw(numbers: Mapping[str, Any]) -> Figure:
-    """The two heatmaps, points in forward order; ticks at the sides mark the points after blocks."""
+    """The two heatmaps, points in forward order; ticks at the sides mark the points after blocks, names new stages."""
     after = [i for i, place in enumerate(numbers["place"]) if place == "after"]
+    names = [numbers["layers"][i] for i in after]
+    stages = [name.rpartition(".")[0] for name in names]
+    shown = ["" if i == 0 or stages[i] == stages[i - 1] else name for i, name in enumerate(names)]
     with style():
         figure, axes = panels(2, 2, 3.1)
         for ax, name, title, colours in (
-            (axes[0], "difference", r"$|Q_i - Q_j|$", "Greys"),
-            (axes[1], "cka", "linear CKA", "Greys_r"),
+            (axes[0], "difference", r"$|Q_i - Q_j|$ (white: alike)", "Greys"),
+            (axes[1], "cka", "linear CKA (white: alike)", "Greys_r"),
         ):
             image = ax.imshow(numbers[name], cmap=colours, origin="lower", interpolation="nearest")
             figure.colorbar(image, ax=ax, shrink=0.8)
             ax.set_title(title)
-            ax.set_xticks(after, [])
-            ax.set_yticks(after, [])
+            ax.set_xticks(after, shown)
+            ax.set_yticks(after, shown)
             ax.tick_params(length=3, color=INKS[1])
             ax.set_xlabel("points in forward order; ticks: after a block")
     return figure

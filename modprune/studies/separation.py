@@ -123,6 +123,17 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
             ax.set_axis_off()
         axes[-1].plot([row["q"] for row in rows], "o-", ms=3, color=INKS[0])
         axes[-1].set_title("Q along the layers", fontsize=7)
+        axes[-1].set_xlabel("points in forward order")
+        classes = axes[0].collections[-len(np.unique(labels)) :]
+        figure.legend(
+            classes,
+            np.unique(labels),
+            title="class",
+            ncols=10,
+            markerscale=2,
+            frameon=False,
+            loc="outside lower center",
+        )
     return figure
 
 

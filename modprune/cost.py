@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from modprune._inputs import batch_size, call, device_of, join, take, to_device
-from modprune._state import copied, evaluating, plain_attention
+from modprune._state import copied, evaluating, plain_attention, state_kept
 
 
 def count_params(model: nn.Module) -> int:
@@ -45,13 +45,14 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     return macs_by_module(model, example_inputs)[""]
 
 
+@torch.inference_mode(False)
 def macs_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """MACs per sample of every module, those inside it included, by qualified name; "" is the whole model.
 
     A module that calls itself by several names has its MACs under the first; one never called has 0.
     """
     inputs = to_device(example_inputs, device_of(model))
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model), counted_macs(model, inputs) as macs:
+    with torch.no_grad(), evaluating(model), state_kept(model), counted_macs(model, inputs) as macs:
         call(model, inputs)
     return macs
 

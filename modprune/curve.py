@@ -15,7 +15,7 @@ from modprune._files import to_json
 from modprune._hooks import listening
 from modprune._inputs import batch_size, call, device_of, first_sample, first_tensor, to_device
 from modprune._random import undisturbed
-from modprune._state import evaluating
+from modprune._state import evaluating, state_kept
 from modprune.blocks import Blocks, find_blocks
 from modprune.features import GIB, LayerGrams, Sample, draw_samples, labels_of
 from modprune.graph import WHOLE, check_k, check_labels, feature_graph_from_gram, graph_modularity
@@ -176,7 +176,8 @@ def _first_layer(model: nn.Module, block: str, example_inputs: Any) -> str:
         for name, module in model.named_modules()
         if not module._modules.keys() - {"parametrizations"} and any(True for _ in module.parameters())
     }
-    with listening(layers | {block: model.get_submodule(block)}, look), evaluating(model), torch.no_grad():
+    layers[block] = model.get_submodule(block)
+    with listening(layers, look), evaluating(model), state_kept(model), torch.no_grad():
         call(model, to_device(example_inputs, device_of(model)))
     samples = batch_size(example_inputs)
     first = next((name for name in early if rows[name] == [samples] and name != block), None)

@@ -31,7 +31,7 @@ from modprune._inputs import (
 )
 from modprune._processes import everyones, place, to_owners, total
 from modprune._random import undisturbed
-from modprune._state import evaluating
+from modprune._state import evaluating, state_kept
 from modprune.graph import check_finite, inner_products
 
 GIB = 2**30
@@ -322,7 +322,8 @@ def visit(
     known = dict(model.named_modules(remove_duplicate=False))
     if unknown := [layer for layer in seen if layer not in known]:
         raise ValueError(f"layer {unknown[0]!r}: {type(model).__name__} has no such module; see model.named_modules()")
-    with listening({layer: known[layer] for layer in seen}, look), evaluating(model), torch.no_grad():
+    heard = {layer: known[layer] for layer in seen}
+    with listening(heard, look), evaluating(model), state_kept(model), torch.no_grad():
         for inputs, labels in sample:
             size, passes = len(labels), passes + 1
             with suppress(_Enough):
@@ -361,7 +362,7 @@ def pairs(
         row[layer] = measure(x, y, size)
 
     modules = {layer: (model.get_submodule(layer), model.get_submodule(last)) for layer, last in spans.items()}
-    with comparing(modules, look), evaluating(model), undisturbed(loader), torch.no_grad():
+    with comparing(modules, look), evaluating(model), state_kept(model), undisturbed(loader), torch.no_grad():
         for batch in loader:
             inputs = split_batch(batch)[0]
             size = batch_size(inputs)

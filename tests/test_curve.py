@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
+from modprune.cost import count_macs
 from modprune.curve import ModularityCurve, modularity_curve
 from modprune.data import ImageLoader, cifar10
 from modprune.features import LayerGrams, draw_samples
 from modprune.graph import modularity
-from modprune.models import resnet20
+from modprune.models import CifarResNet, resnet20
 from modprune.weights import load_weights
 
 
@@ -297,3 +298,25 @@ def test_q_does_not_depend_on_the_scale_of_features(factor):
     curve = modularity_curve(model, [batch], samples=60, repeats=1, layers=["0"])
     with torch.no_grad():
         assert curve.q.item() == pytest.approx(modularity(model(batch[0]), batch[1]), abs=1e-6)
+
+
+class Busy(CifarResNet):
+    """Says while it runs that it does, and remembers what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 1, 1))
+        self.busy, self.seen = False, []
+
+    def forward(self, x):
+        self.busy = True
+        self.seen.append(len(x))
+        out = super().forward(x)
+        self.busy = False
+        return out
+
+
+def test_a_pass_that_ends_amid_the_network_leaves_no_trace():
+    model = Busy()
+    modularity_curve(model, loader(64), samples=64, repeats=1, budget=4 * 64 * (1024 + 2 * 64))
+    count_macs(model, torch.zeros(1, 3, 8, 8))
+    assert (model.busy, model.seen) == (False, [])

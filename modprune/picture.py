@@ -41,13 +41,9 @@ def plot_curve(curve: ModularityCurve, ax: Axes | None = None, removed: Sequence
     ax.set_xlim(-0.5, len(curve.layers) - 0.5)
     ax.set_ylabel("modularity Q")
     ax.grid(axis="y", alpha=0.3)
-    above: Any = {
-        "loc": "lower left",
-        "bbox_to_anchor": (0, 1),
-        "ncols": 4,
-        "frameon": False,
-    }  # hides nothing
-    inside: Any = {"loc": "upper left", "framealpha": 0.9, "edgecolor": "none"}  # above, somebody's title may stand
+    # Above, it hides no region; where the axes are somebody's, a title may stand there.
+    above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "frameon": False}
+    inside: Any = {"loc": "upper left", "framealpha": 0.9, "edgecolor": "none"}
     ax.legend(fontsize=8, **(above if own else inside))
     return ax
 

@@ -243,20 +243,21 @@ def test_imagenet_replaces_nothing_that_is_of_no_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("form", "old", "new", "error"),
     [
-        (b"\0\0\0\rIHDR", b"\0\0\0\1IHDR"),  # ValueError of PIL
-        (b"IDAT", b"ID\0T"),  # SyntaxError
-        (b"IHDR\0\0\0\x28\0\0\0\x28", b"IHDR\0\0\xff\xff\0\0\xff\xff"),  # DecompressionBombError
+        ("png", b"\0\0\0\rIHDR", b"\0\0\0\1IHDR", ValueError),
+        ("png", b"IDAT", b"ID\0T", SyntaxError),  # the last of several chunks
+        ("bmp", b"\xc8\0\0\0\xc8\0\0\0", b"\xff\xff\0\0\xff\xff\0\0", Image.DecompressionBombError),  # its size
     ],
 )
-def test_imagenet_leaves_out_what_cannot_be_read(old, new, tmp_path, capsys):
+def test_imagenet_leaves_out_what_cannot_be_read(form, old, new, error, tmp_path, capsys):
     image_folder(tmp_path)
-    file = tmp_path / "train" / "class0" / "0.png"
-    Image.new("RGB", (40, 40)).save(file)
-    whole = file.read_bytes()
-    assert old in whole
-    file.write_bytes(whole.replace(old, new))
+    file = tmp_path / "train" / "class0" / f"0.{form}"
+    Image.effect_noise((200, 200), 50).convert("RGB").save(file)
+    before, after = file.read_bytes().rsplit(old, 1)
+    file.write_bytes(before + new + after)
+    with pytest.raises(error), file.open("rb") as opened:
+        Image.open(opened).convert("RGB")
     images = recipe("imagenet").Images(tmp_path / "train", lambda image: image)
     index = [path for path, _ in images.samples].index(str(file))
     assert images[index] is None

@@ -14,7 +14,8 @@ from modprune import checkpoints, data, job, models, recipe, signals, specs, stu
 from modprune._files import write_text
 from modprune.callbacks import lightning, transformers
 from modprune.criteria import CRITERIA
-from modprune.finetune import Epoch, autocast_dtype
+from modprune.finetune import Epoch
+from modprune.precision import autocast_dtype
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 
@@ -28,7 +29,8 @@ def page() -> str:
         "data": (data.ImageData, data.ImageLoader, data.cifar10, data.cifar100, data.digits),
         "models": (models.CifarResNet, models.CifarResNet18, models.CifarVGG, *models.MODELS.values()),
         "recipe": (recipe.Recipe, recipe.warmup_cosine),
-        "finetune": (Epoch, autocast_dtype),
+        "finetune": (Epoch,),
+        "precision": (autocast_dtype,),
         "checkpoints": (checkpoints.save_state, checkpoints.load_newest, checkpoints.check_empty),
         "signals": (signals.put_off, signals.Notice),
         "specs": (specs.build_model, specs.load_data),

@@ -20,8 +20,8 @@ from torchvision.datasets import CIFAR10
 from benchmarks._env import write_result
 from modprune import PruningPlan, finetune
 from modprune.data import IMAGENET_MEAN, IMAGENET_STD, ImageLoader, cifar10
-from modprune.finetune import autocast_dtype
 from modprune.models import resnet56
+from modprune.precision import autocast_dtype
 
 # An epoch is long enough that the start of the workers and of the kernels does not count, as in a real one.
 IMAGES, BATCH, ROUNDS, WORKERS = 5120, 128, 3, 2

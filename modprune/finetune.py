@@ -26,6 +26,7 @@ from modprune.checkpoints import check_empty, check_writable, difference, load_n
 from modprune.data import set_epoch
 from modprune.distill import CachedTeacher, Teacher, distillation_loss, logits_of, teaching
 from modprune.evaluate import evaluate
+from modprune.precision import autocast_dtype
 from modprune.recipe import Recipe, warmup_cosine
 from modprune.signals import Notice, put_off
 
@@ -308,13 +309,3 @@ def _steps(loader: Iterable[Any]) -> int:
     if steps == 0:
         raise ValueError("train_loader gives no batch: it is empty, or its batch size is larger than the data")
     return steps
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the hardware multiplies it faster than float32 (CUDA from Ampere on, CPUs with AMX or
-    AVX512-BF16), else None: emulation is slower.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    units = [getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("amx_tile", "avx512_bf16")]
-    return torch.bfloat16 if device.type == "cpu" and any(supported() for supported in units) else None

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import modprune
 from modprune.checkpoints import check_empty, check_writable, load_newest, save_state
 from modprune.criteria import Modularity
-from modprune.finetune import autocast_dtype
+from modprune.precision import autocast_dtype
 from modprune.recipe import warmup_cosine
 from modprune.signals import Notice, put_off
 from modprune.specs import build_model

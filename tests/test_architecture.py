@@ -13,9 +13,9 @@ ORDER = [
     "_files", "_environment", "_memory", "_random", "_processes", "_accelerate", "signals", "_inputs", "_bare",
     "_hooks", "_state", "_autograd", "_calls", "_depgraph", "cost", "_trace", "_probe", "models", "data", "bypass",
     "graph", "blocks", "features", "evaluate", "picture", "curve", "criteria", "budget", "plan", "width", "_proof",
-    "surgery", "checkpoints", "carry", "distill", "recipe", "_means", "finetune", "tracking", "weights", "store",
-    "report", "pruner", "gradual", "callbacks", "job", "specs", "studies", "_options", "_sources", "_studies_cli",
-    "cli",
+    "surgery", "checkpoints", "carry", "distill", "recipe", "_means", "precision", "finetune", "tracking", "weights",
+    "store", "report", "pruner", "gradual", "callbacks", "job", "specs", "studies", "_options", "_sources",
+    "_studies_cli", "cli",
 ]  # fmt: skip
 
 

@@ -7,7 +7,6 @@ fields: `Modularity(samples=200)`; by name they come with their defaults.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,11 +23,13 @@ from modprune.blocks import Blocks
 from modprune.bypass import bypassed
 from modprune.curve import ModularityCurve, check_classes, modularity_curve, points, q_of
 from modprune.evaluate import evaluate, logits_and_labels
-from modprune.features import GIB, LayerGrams, drawn, labels_of, pairs, pooled
+from modprune.features import GIB, LayerGrams
 from modprune.graph import check_labels, modularity
+from modprune.samples import drawn, labels_of
+from modprune.similarity import linear_cka, mean_cosine
+from modprune.visits import pairs, pooled
 
 CHANCE = 0.01  # about what Q of 500 samples scatters by where features know nothing of the classes
-SLAB, FEW = 2**14, 8  # columns, and samples, that are held in float64 at a time
 T = TypeVar("T")
 
 
@@ -378,38 +379,6 @@ def name_of(criterion: Criterion) -> str:
     return names.get(type(criterion), getattr(criterion, "__name__", type(criterion).__name__))
 
 
-def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear CKA of two layers' features of the same samples, from unbiased estimates of its three HSICs.
-
-    1 for equal features, about 0 for unrelated ones, 0 where one of the two is constant.
-
-    Args:
-        x, y: (N, ...) each; N at least 4.
-    """
-    k, gram = _gram(x), _gram(y)
-    between, within = _hsic(k, gram), _hsic(k, k) * _hsic(gram, gram)
-    if not math.isfinite(within):
-        raise ValueError("features of a block hold NaN or infinity: check the model and its inputs")
-    return between / within**0.5 if within > 0 else 0.0
-
-
-def _gram(x: Tensor) -> Tensor:
-    """Inner products (N, N) of flattened rows in float64, of some columns at a time, so that all need not fit."""
-    total = x.new_zeros(len(x), len(x), dtype=torch.float64)
-    for columns in x.flatten(1).split(SLAB, 1):
-        exact = columns.double()
-        total.addmm_(exact, exact.T)
-    return total
-
-
-def _hsic(k: Tensor, gram: Tensor) -> float:
-    """The unbiased HSIC of two (N, N) Gram matrices: Song et al., JMLR 2012, equation 5."""
-    n = len(k)
-    k, gram = (g - torch.diag(g.diagonal()) for g in (k, gram))
-    trace, cross = (k * gram).sum(), k.sum(0) @ gram.sum(0)
-    return float(trace + k.sum() * gram.sum() / ((n - 1) * (n - 2)) - 2 * cross / (n - 2)) / (n * (n - 3))
-
-
 def _spans(blocks: Blocks) -> dict[str, str]:
     return {block.name: block.end for block in blocks}
 
@@ -424,16 +393,7 @@ def _unlike(x: Tensor, y: Tensor, samples: int) -> float:
 
 
 def _turned(x: Tensor, y: Tensor, _: int) -> float:
-    if x.shape != y.shape:
-        return 1.0
-    pieces = zip(x.split(FEW), y.split(FEW), strict=True)  # in float64 not all of them need fit
-    return 1 - float(torch.cat([_cosines(a, b) for a, b in pieces]).mean())
-
-
-def _cosines(x: Tensor, y: Tensor) -> Tensor:
-    """Of each token, or of each sample where there are none; 1 where nothing has changed, zeros too."""
-    x, y = (z.double() if z.ndim == 3 else z.flatten(1).double() for z in (x, y))
-    return torch.where((x == y).all(-1), 1, F.cosine_similarity(x, y, dim=-1))
+    return 1 - mean_cosine(x, y) if x.shape == y.shape else 1.0
 
 
 def _at_points(

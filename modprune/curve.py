@@ -17,8 +17,9 @@ from modprune._inputs import batch_size, call, device_of, first_sample, first_te
 from modprune._random import undisturbed
 from modprune._state import evaluating, state_kept
 from modprune.blocks import Blocks, find_blocks
-from modprune.features import GIB, LayerGrams, Sample, draw_samples, labels_of
+from modprune.features import GIB, LayerGrams
 from modprune.graph import WHOLE, check_k, check_labels, feature_graph_from_gram, graph_modularity
+from modprune.samples import Sample, draw_samples, labels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -37,13 +37,13 @@ from modprune.criteria import (
     Taylor,
     _turned,
     fitted,
-    linear_cka,
     name_of,
 )
 from modprune.data import ImageLoader, digits
-from modprune.features import pooled
 from modprune.models import resnet20
+from modprune.similarity import linear_cka
 from modprune.surgery import remove_blocks
+from modprune.visits import pooled
 
 X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELLED = [

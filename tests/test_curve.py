@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from modprune.cost import count_macs
 from modprune.curve import ModularityCurve, modularity_curve
 from modprune.data import ImageLoader, cifar10
-from modprune.features import LayerGrams, draw_samples
+from modprune.features import LayerGrams
 from modprune.graph import modularity
 from modprune.models import CifarResNet, resnet20
+from modprune.samples import draw_samples
 from modprune.weights import load_weights
 
 

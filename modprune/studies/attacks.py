@@ -14,7 +14,8 @@ from modprune._inputs import device_of, split_batch
 from modprune._state import evaluating
 from modprune.curve import check_classes, q_of
 from modprune.distill import logits_of
-from modprune.features import LayerGrams, Sample
+from modprune.features import LayerGrams
+from modprune.samples import Sample
 from modprune.studies.adversarial import ATTACKS
 from modprune.studies.layers import layers_of
 from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, style

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from modprune._inputs import first_sample
 from modprune.blocks import find_blocks
 from modprune.curve import check_classes
-from modprune.features import GIB, LayerGrams, Sample, draw_samples, labels_of
+from modprune.features import GIB, LayerGrams
 from modprune.graph import feature_graph_from_gram, graph_modularity, inner_products
+from modprune.samples import Sample, draw_samples, labels_of
 from modprune.studies.layers import in_order, layers_of, weight_layers
 from modprune.studies.study import INKS, Parts, Study, panels, style
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from modprune._inputs import first_sample
 from modprune.blocks import find_blocks
 from modprune.curve import ModularityCurve, modularity_curve
-from modprune.features import drawn
+from modprune.samples import drawn
 from modprune.studies.layers import layers_of
 from modprune.studies.recovery import cut, recover
 from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, rank_correlation, style

@@ -13,7 +13,7 @@ from modprune._inputs import first_sample
 from modprune.blocks import find_blocks
 from modprune.curve import modularity_curve
 from modprune.evaluate import evaluate
-from modprune.features import drawn
+from modprune.samples import drawn
 from modprune.studies.layers import layers_of
 from modprune.studies.plateaus import by_gain
 from modprune.studies.recovery import cut, recover

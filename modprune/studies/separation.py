@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from modprune._inputs import first_sample
 from modprune.curve import check_classes
-from modprune.features import GIB, LayerGrams, draw_samples, labels_of
+from modprune.features import GIB, LayerGrams
 from modprune.graph import FeatureGraph, feature_graph_from_gram, graph_modularity
+from modprune.samples import draw_samples, labels_of
 from modprune.studies.layers import layers_of
 from modprune.studies.study import INKS, MARKERS, Parts, Study, extra, panels, style
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from modprune._inputs import take
 from modprune.curve import ModularityCurve, q_of
-from modprune.features import LayerGrams, drawn
+from modprune.features import LayerGrams
 from modprune.finetune import Epoch, finetune
+from modprune.samples import drawn
 from modprune.studies.layers import layers_of
 from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, style
 

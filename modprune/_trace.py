@@ -19,11 +19,13 @@ from modprune.cost import counted_flops
 MARK = "modprune_kind"
 # What a shortcut may pass through in a traced block; the autograd names in `_autograd` say the same of a run one.
 _SUMS = ("add", "iadd", "add_")
+_FIRST = ("sub", "isub", "sub_", "addcmul", "addcmul_")  # of which the first operand alone goes in as it is
 _FACTORS = ("mul", "imul", "mul_", "truediv", "itruediv", "div", "div_")
 _SILENT = (
     *("relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "softplus"),
     *("view", "reshape", "flatten", "permute", "transpose", "swapaxes", "contiguous", "roll"),
     *("squeeze", "unsqueeze", "to", "dropout", "stochastic_depth", "tanh", "celu"),
+    *("clamp", "clamp_", "threshold", "prelu", "clone", "float", "double", "half", "bfloat16", "type", "type_as"),
 )
 _SILENT_LAYERS = (
     *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus),
@@ -63,17 +65,18 @@ def traced_and_run(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, 
     """
     again, kwagain = map_tensors(Tensor.clone, (args, kwargs))
     with state_kept(block):
-        graph, _, side = _shortcut(block)
+        graph, total, side = _shortcut(block)
         with graph.inserting_after(side):
             noted = graph.call_method("clone", (side,))
         output = graph.output_node()
-        output.args = ((output.args[0], noted),)
+        whole = output.args[0]
+        output.args = ((whole, noted),)
         made, within = fx.GraphModule(block, graph).forward(*args, **kwargs)  # called, it would print errors
-        output.args = (side,)
-        graph.erase_node(noted)
+        output.args = ((noted, whole),)  # as it was: what comes after the sum may write into it
+        total.replace_all_uses_with(side)
         lean = _lean(block, graph)
         with counted_flops() as counter:
-            alone = lean.forward(*again, **kwagain)
+            alone, _ = lean.forward(*again, **kwagain)
         return made, within, alone, counter.total
 
 
@@ -173,8 +176,13 @@ def _shortcut(block: nn.Module) -> tuple[fx.Graph, fx.Node, fx.Node]:
 
 
 def _staying(graph: fx.Graph, total: fx.Node, side: fx.Node) -> set[fx.Node]:
-    """What a block is made from once one side of its sum stands for the sum."""
-    return _behind(side) | (_behind(_output(graph)) - _behind(total))
+    """What a block, and all else that it gives back, is made from once one side of its sum stands for the sum."""
+    seen, stack = {total}, [graph.output_node(), side]
+    while stack:
+        new = set(stack.pop().all_input_nodes) - seen
+        seen |= new
+        stack += new
+    return seen - {total} | {side}
 
 
 class _Deep(fx.Tracer):
@@ -221,9 +229,9 @@ def _has_identity_path(graph: fx.Graph, block: nn.Module) -> bool:
         if step in seen:
             continue
         seen.add(step)
-        sides = _operands(node)
-        for i, side in enumerate(sides):
-            other = _behind(sides[1 - i])
+        sides = node.all_input_nodes
+        for side in _operands(node) or _first(node):
+            other = set().union(*(_behind(beside) for beside in sides if beside is not side))
             stack.append((side, added or (x in other and bool(_params_of(other, block))), False))
         if (norm := _is_norm(node, block)) or _is_silent(node, block):
             stack.append((node.all_input_nodes[0], added, normed or norm))
@@ -258,8 +266,14 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     """The two operands of a sum; none for anything else."""
     if _operation(node) not in _SUMS or "alpha" in node.kwargs:
         return []
-    sides = [side for side in node.args if isinstance(side, fx.Node)]
+    sides = [side for side in (*node.args, *node.kwargs.values()) if isinstance(side, fx.Node)]
     return sides if len(sides) == 2 else []
+
+
+def _first(node: fx.Node) -> list[fx.Node]:
+    """The operand that goes into a sum as it is where the others do not: `a - b`, `a + alpha * b`, `a + b * c`."""
+    scaled = _operation(node) in _FIRST or (_operation(node) in _SUMS and "alpha" in node.kwargs)
+    return [side for side in node.args[:1] if scaled and isinstance(side, fx.Node)]
 
 
 def _is_norm(node: fx.Node, block: nn.Module) -> bool:

@@ -208,10 +208,68 @@ class Attention(nn.Module):
         return x + self.mlp(x).relu()
 
 
-def test_a_plan_by_hand_removes_the_same_with_and_without_example_inputs():
-    model, x = nn.Sequential(nn.Linear(4, 8), Attention(), nn.Linear(8, 2)), torch.randn(3, 4)
+class Twofold(nn.Module):
+    """`join(x, mix(x))` and `join(x, mlp(x))` after it."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.mix, self.mlp, self.join = nn.Linear(8, 8), nn.Linear(8, 8), join
+
+    def forward(self, x):
+        x = self.join(x, self.mix(x))
+        return self.join(x, self.mlp(x).relu())
+
+
+JOINS = {
+    "clone": lambda x, f: x.clone() + f,
+    "by name": lambda x, f: torch.add(input=x, other=f),
+    "difference": lambda x, f: x - f,
+    "alpha": lambda x, f: torch.add(x, f, alpha=0.5),
+    "product": lambda x, f: torch.addcmul(x, f, f),
+    "clamped": lambda x, f: (x + f).clamp(-1, 1),
+    "type": lambda x, f: (x.float() + f).type_as(x),
+}
+
+
+@pytest.mark.parametrize("block", [Attention(), *(Twofold(join) for join in JOINS.values())], ids=["norm", *JOINS])
+def test_a_plan_by_hand_removes_the_same_with_and_without_example_inputs(block):
+    model, x = nn.Sequential(nn.Linear(4, 8), block, nn.Linear(8, 2)), torch.randn(3, 4)
     one, other = (PruningPlan(("1",)).apply(copy.deepcopy(model), *given) for given in ((x,), ()))
     assert torch.equal(one(x), other(x))
+    assert count_params(one) == count_params(other) == 40 + 18
+
+
+class Down(nn.Module):
+    """A transition that gives its inner features back too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, padding=1)
+        self.shortcut = nn.Conv2d(8, 16, 1, 2)
+
+    def forward(self, x):
+        inner = self.first(x).relu()
+        return (self.shortcut(x) + self.last(inner)).relu_(), inner
+
+
+class First(nn.Module):
+    def __init__(self, pair: nn.Module) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, x):
+        return self.pair(x)[0]
+
+
+def test_what_a_second_value_is_made_from_stays():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), First(Down()), nn.Conv2d(16, 2, 1)).eval()
+    (block,) = find_blocks(model, X)
+    expected = model[2](model[1].pair.shortcut(model[0](X)).relu())
+    macs, params = count_macs(model, X), count_params(model)
+    assert block.params == count_params(model[1].pair.last)
+    PruningPlan((block.name,)).apply(model, X)
+    assert torch.equal(model(X), expected)
+    assert (macs - count_macs(model, X), params - count_params(model)) == (block.macs, block.params)
 
 
 class Residual(nn.Module):

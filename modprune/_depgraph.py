@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -36,7 +36,7 @@ def dependency_graph(model: nn.Module, example_inputs: Any) -> Any:
         )
 
 
-def prune_channels(model: nn.Module, example_inputs: Any, ratio: float, layers: Collection[nn.Module]) -> list[Cut]:
+def prune_channels(model: nn.Module, example_inputs: Any, ratio: float, layers: set[nn.Module]) -> list[Cut]:
     """Prune `ratio` of the output channels of `layers` and what is coupled to them, in place; what went, by root layer.
 
     By `torch_pruning.pruner.BasePruner`, layer by layer, the least group magnitude (L2) first (Fang et al. 2023).
@@ -47,7 +47,7 @@ def prune_channels(model: nn.Module, example_inputs: Any, ratio: float, layers: 
     import torch_pruning
 
     inputs = to_device(example_inputs, device_of(model))
-    ignored = [m for m in model.modules() if m not in layers and not any(True for _ in m.children())]
+    ignored = [m for m in model.modules() if layers.isdisjoint(m.modules())]
     with _forms_kept(model), _visited(model):
         with traceable(model), _odd_reshapes_unmapped():
             pruner = torch_pruning.pruner.BasePruner(

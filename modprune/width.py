@@ -7,6 +7,7 @@ and torch-pruning's index mapping of it is not always right (the padded shortcut
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -120,10 +121,13 @@ def inner_layers(model: nn.Module, blocks: Blocks, example_inputs: Any) -> set[n
     """Layers whose output channels can go without any layer outside of their block noticing."""
     graph = dependency_graph(model, example_inputs)
     regions = [set(model.get_submodule(block.name).modules()) for block in blocks]
-    if all(block.kind == "plain" for block in blocks) and not blocks.refused:
+    if blocks and all(block.kind == "plain" for block in blocks) and not blocks.refused:
         regions = [set(model.modules())]
+    held = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    holders = Counter(map(id, held))
+    tied = {m for m in model.modules() if any(holders[id(p)] > 1 for p in m._parameters.values())}
     found: set[nn.Module] = set()
-    for region in regions:
+    for region in (region - tied for region in regions):  # cut apart, layers that share weights would no longer
         for root in region & set(graph.module2node):
             if _mixes(root) and root not in found:
                 found |= _coupled(graph, root, region)

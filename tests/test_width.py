@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -180,6 +181,36 @@ def test_cutting_what_the_output_carries_is_refused():
 def test_fractions_out_of_range(loader, width):
     with pytest.raises(ValueError, match=f"width={width}: a fraction between 0 and 1"):
         ModularityPruner(resnet20(), X, loader, blocks=1, width=width)
+
+
+class Plus(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu())
+
+
+def test_no_block_left_is_no_reason_to_cut_the_trunk():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), Plus(), nn.Conv2d(8, 5, 1))
+    with pytest.raises(ValueError, match=r"has no channels inside its blocks .* or no block is left"):
+        ModularityPruner(model, X, [], "l1_norm", blocks=1, width=0.5).plan()
+
+
+def test_layers_that_share_weights_keep_their_channels():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Plus(), Plus(), Plus(), nn.Conv2d(8, 5, 1))
+    model[2].a.weight = model[1].a.weight
+    assert [name for name, _ in choose_cuts(model, find_blocks(model, X), X, 0.5)] == ["3.a"]
+
+
+def test_parametrized_layers_are_left_as_they_are():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Plus(), weight_norm(nn.Conv2d(8, 5, 1)), weight_norm(nn.Conv2d(5, 2, 1)))
+    cuts = choose_cuts(model, find_blocks(model, X), X, 0.5)
+    narrowed = copy.deepcopy(model)
+    narrow(narrowed, cuts, X)
+    assert [name for name, _ in cuts] == ["1.a"]
+    torch.testing.assert_close(outputs(narrowed, X), outputs(masked(model, cuts, lambda name: name), X))
 
 
 def test_no_channels_that_can_go():

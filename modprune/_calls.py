@@ -27,6 +27,7 @@ class Call:
         form: "" if a tensor or a tuple came out, or a named one such as the first that went in; else the type's name.
         outputs: for each item of the tuple that came out, the argument that it is like by position; -1 for none.
         others: the ends of further items that came out and are like none.
+        unclear: whether a number that came out may be one or another of the arguments.
         times: how often the module was called.
     """
 
@@ -41,6 +42,7 @@ class Call:
     form: str = ""
     outputs: tuple[int, ...] = ()
     others: tuple[Edge, ...] = ()
+    unclear: bool = False
     times: int = 1
 
     @cached_property
@@ -84,7 +86,8 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
         y = first_tensor(opened(out))
         if name in calls and y is not None and calls[name].end is None:
             seen = calls[name]
-            seen.end, seen.outputs = edge(y), _sources(out, y, arguments(seen.args, seen.kwargs))
+            given = arguments(seen.args, seen.kwargs)
+            seen.end, seen.outputs, seen.unclear = edge(y), _sources(out, y, given), _is_unclear(out, given)
             apart = [item for item, i in zip(out, seen.outputs, strict=True) if i < 0] if seen.outputs else []
             seen.others = tuple(e for item in differentiable_tensors(apart) if item is not y and (e := edge(item)))
             seen.shape, seen.form = y.shape, "" if _can_be_given(out, args) else type(out).__name__
@@ -120,21 +123,28 @@ def may_be_block(module: nn.Module) -> bool:
 
 
 def _sources(out: Any, first: Tensor, given: list[Any]) -> tuple[int, ...]:
-    """For each item of a tuple the argument, not yet taken, that stands for it; -1 for none. Empty if no tuple.
+    """For each item of a tuple the argument that stands for it, another for each item; -1 for none. Empty if no tuple.
 
     One like it: for `first`, by which the block is known, and what was not computed; else one that lies behind it. What
     was not computed may be an argument's values once more.
     """
     sources: list[int] = []
     for item in out if isinstance(out, tuple) else ():
+        twice = [i for i, other in zip(sources, out, strict=False) if other is item and isinstance(item, Tensor)]
         free = [i for i in range(len(given)) if i not in sources and _is_like(item, given[i])]
         if isinstance(item, Tensor) and edge(item) is None:
             same = [i for i, value in enumerate(given) if _is_like(item, value) and torch.equal(item, value)]
             free = [i for i in same if given[i] is item] or same or free
         if item is not first and isinstance(item, Tensor) and (end := edge(item)):
             free = [i for i in free if (start := edge(given[i])) and leads(start, end)]
-        sources.append(next(iter(free), -1))
+        sources.append(next(iter(twice or free), -1))
     return tuple(sources)
+
+
+def _is_unclear(out: Any, given: list[Any]) -> bool:
+    """Whether a number, text or list among the items of a tuple may be one or another of the arguments."""
+    items = [item for item in out if not isinstance(item, Tensor)] if isinstance(out, tuple) else []
+    return any(sum(_is_like(item, value) for value in given) > sum(_is_like(item, i) for i in items) for item in items)
 
 
 def _is_like(item: Any, argument: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from modprune._inputs import first_line
 from modprune._random import undisturbed
 
 TORCHS_OWN = frozenset(vars(nn.Module()))
@@ -66,7 +67,19 @@ def copied(model: nn.Module) -> nn.Module:
     """
     plain = [p for p in model.parameters() if type(p) is nn.Parameter and type(p.data) is torch.Tensor]
     shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in plain if not p.is_inference()}
-    return copy.deepcopy(model, shared)
+    return deep_copied(model, shared)
+
+
+def deep_copied(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
+    """A copy, but for what is shared, by `id`; ValueError, which says what to do, if there can be none."""
+    try:
+        return copy.deepcopy(model, shared)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the {type(model).__name__} given cannot be copied ({first_line(error):.80}): it can with "
+            "torch.nn.utils.parametrizations in the place of hooks such as weight_norm, and without masks of "
+            "torch.nn.utils.prune (prune.remove makes them last)"
+        ) from None
 
 
 @contextmanager

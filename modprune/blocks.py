@@ -278,6 +278,8 @@ def _obstacle(seen: Call, uses: dict[Any, set[Any]], held: dict[nn.Module, str])
         return f"called {seen.times} times in one forward pass"
     if seen.form:
         return f"it gives back a {seen.form}, neither a tensor nor a tuple"
+    if seen.unclear:
+        return "a number that it gives back is equal to more than one argument: give example inputs that differ in them"
     if _is_fed(seen):
         return "another layer feeds into it"
     if any(getattr(inner, MARK, "") for inner in seen.module.modules()):
@@ -314,7 +316,7 @@ def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) 
         if norm is None or conv.end is None or norm.end is None or norm.start != conv.end:
             continue
         once = conv.times == norm.times == 1 and conv.x.shape == conv.shape == norm.shape
-        if once and uses.get(conv.end[0]) == {norm.end[0]}:
+        if once and uses.get(conv.end[0], set()) <= between(norm.end[0], conv.end):
             after = uses.get(norm.end[0], set())
             if len(after) == 1 and all(is_any(node, ACTIVATIONS) for node in after):
                 if conv.end[0] in around:

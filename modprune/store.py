@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from modprune._bare import bare, check_filled
+from modprune._bare import bare, check_filled, check_shaped
 from modprune._files import write_bytes
-from modprune._inputs import first_line
+from modprune._state import deep_copied
 from modprune.models import CifarResNet, CifarResNet18, CifarVGG
 from modprune.plan import PruningPlan
 from modprune.surgery import removed_blocks
@@ -86,7 +85,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if bare(model) is not model:
         raise ValueError(f"the model is wrapped in {type(model).__name__}: give what it wraps, then wrap it anew")
     check_filled(model)
-    for candidate in (_copied(model), model):  # all that can fail fails on a copy, before the caller's is touched
+    check_shaped(model)
+    if gone := removed_blocks(model).remove:
+        raise ValueError(f"{path}: the model given has lost {len(gone)} blocks before: give a whole one")
+    for candidate in (deep_copied(model), model):  # all that can fail fails on a copy, before the caller's is touched
         _take_shape(candidate, path, plan, narrowed, tensors)
         fill(candidate, tensors)
         for name, buffer in _unsaved(candidate).items():
@@ -102,17 +104,6 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         apart[name] = tensor.clone() if place in places else tensor
         places.add(place)
     return apart
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the {type(model).__name__} given cannot be copied ({first_line(error):.80}): it can with "
-            "torch.nn.utils.parametrizations in the place of hooks such as weight_norm, and without masks of "
-            "torch.nn.utils.prune (prune.remove makes them last)"
-        ) from None
 
 
 def _take_shape(

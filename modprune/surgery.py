@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modprune._bare import check_bare
+from modprune._bare import check_bare, check_shaped
 from modprune._depgraph import dependency_graph
 from modprune._proof import outputs_of, problem_with, shapes_of, skipped_outputs
 from modprune._state import copied
@@ -93,6 +93,7 @@ def remove_blocks(
         if values and len(values) != len(names):
             raise ValueError(f"{len(values)} {what} for {len(names)} blocks: give one each, or none")
     if example_inputs is None:
+        check_shaped(model)
         kinds = kinds or [_kind_by_trace(model, name) for name in names]
         forms = outputs or [_form_by_trace(model, name) for name in names]
         swap(model, merged([stand_ins(model, *block) for block in zip(names, kinds, forms, strict=True)]))
@@ -106,7 +107,7 @@ def remove_blocks(
     if problem := problem_with(model, merged(new), example_inputs, before, most, skipped):
         swap(model, originals)
         culprit = _culprit(model, blocks, new, example_inputs, before) or f"{names[0]} and the others together"
-        raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was")
+        raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was; ignored_layers keep it")
     _rebuild_graph(model, example_inputs)
     return model
 
@@ -162,10 +163,11 @@ def _culprit(
     before: list[tuple[int, ...]],
 ) -> str:
     """The name of the first block that cannot go even alone; empty if each can."""
+    whole = count_params(model)
     for block, parts in zip(blocks, new, strict=True):
         skipped = skipped_outputs(model, [block], [parts], example_inputs)
         originals = swap(model, parts)
-        broken = problem_with(model, parts, example_inputs, before, count_params(model), skipped)
+        broken = problem_with(model, parts, example_inputs, before, whole - block.params, skipped)
         swap(model, originals)
         if broken:
             return block.name

@@ -339,6 +339,11 @@ def test_plain_units_are_norm_and_convolution_by_the_name_of_the_convolution():
     assert block.macs == 256 * 256 * 9 * 8 * 8
 
 
+def test_a_plain_unit_may_be_normalised_by_instance():
+    unit = nn.Conv2d(4, 4, 3, padding=1), nn.InstanceNorm2d(4, affine=True), nn.ReLU()
+    assert find_blocks(nn.Sequential(nn.Conv2d(3, 4, 1), *unit), torch.randn(2, 3, 8, 8)).names == ("1",)
+
+
 @pytest.mark.parametrize("inputs", [(1, 3, 32, 32), (1, 1, 32, 32)], ids=["runs", "fails"])
 def test_the_model_is_left_as_found(inputs):
     model = resnet20().train()
@@ -372,6 +377,13 @@ def test_the_model_is_left_as_found(inputs):
 def test_wrapped_models_are_refused(wrap, mend):
     with pytest.raises(ValueError, match=mend):
         find_blocks(wrap(resnet20()), torch.zeros(1, 3, 32, 32))
+
+
+def test_frozen_weights_of_inference_mode_are_refused_with_the_way_out():
+    with torch.inference_mode():
+        model = resnet20().requires_grad_(False)
+    with pytest.raises(ValueError, match="made in inference mode and are frozen: make it outside"):
+        find_blocks(model, torch.zeros(1, 3, 32, 32))
 
 
 def test_inputs_that_do_not_fit_are_one_line():

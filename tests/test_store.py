@@ -138,6 +138,14 @@ def test_a_network_without_values_is_not_filled(saved):
     assert not removed_blocks(model).remove
 
 
+def test_a_network_without_shapes_or_blocks_is_not_filled(saved):
+    model, path = saved
+    with pytest.raises(ValueError, match=r"lost \d blocks before: give a whole one"):
+        load(path, model)
+    with pytest.raises(ValueError, match=r"^0.weight: has no shape yet"):
+        load(path, torch.nn.Sequential(torch.nn.LazyLinear(2)))
+
+
 def test_a_file_of_the_first_format(saved):
     model, path = saved
     tensors = safetensors.torch.load(path.read_bytes())

@@ -400,6 +400,8 @@ def test_a_network_that_cannot_be_copied_is_named(tmp_path):
         nn.utils.weight_norm(model[0])(X)
     with pytest.raises(ValueError, match="the Sequential given cannot be copied"):
         load(tmp_path / "m.safetensors", model)
+    with pytest.raises(ValueError, match="the Sequential given cannot be copied"):
+        ModularityPruner(model, X, [], "l1_norm", blocks=1, iterative_steps=2).plan()
 
 
 def test_a_criterion_is_an_instance():

@@ -272,6 +272,50 @@ def test_blocks_that_give_tuples(example):
     assert torch.equal(model(X[0, 0, :, :4]), model.stem(X[0, 0, :, :4]))
 
 
+class Same(Tuples):
+    """Gives the sum twice."""
+
+    def forward(self, x, mask=None):
+        y = x + self.f(x)
+        return y, y
+
+
+def test_a_value_given_twice_is_given_twice():
+    model, x = Decoder(), X[0, 0, :, :4]
+    model.blocks = nn.ModuleList([Same(), Same()])
+    model.forward = lambda x: model.blocks[1](model.blocks[0](model.stem(x))[1])[1]
+    assert find_blocks(model, x)[0].outputs == (0, 0)
+    remove_blocks(model, ["blocks.0", "blocks.1"], example_inputs=x)
+    assert torch.equal(model(x), model.stem(x))
+
+
+class Sized(nn.Module):
+    """Gives the sizes of the image back, as it was given them beside another number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x, heads, height, width):
+        return x + self.f(x), height, width
+
+
+@pytest.mark.parametrize(("height", "width", "clear"), [(2, 3, True), (3, 3, True), (8, 3, False), (2, 8, False)])
+def test_which_of_several_equal_numbers_comes_back_is_not_guessed(height, width, clear):
+    model = nn.Sequential(nn.Linear(4, 4), Sized())
+    model.forward = lambda x: model[1](model[0](x), 8, height, width)[0]
+    blocks = find_blocks(model, X[0, 0, :, :4])
+    assert (blocks.names == ("1",)) == clear
+    assert clear or "give example inputs that differ in them" in blocks.refused["1"]
+    assert not clear or blocks[0].outputs == (0, 2, 3)
+
+
+def test_lazy_layers_have_to_run_before():
+    model = nn.Sequential(nn.LazyLinear(4), Tuples())
+    with pytest.raises(ValueError, match=r"^0.weight: has no shape yet.*run the model on one batch"):
+        remove_blocks(model, ["1"])
+
+
 class Gates(Tuples):
     """Its second value is made in it."""
 

@@ -121,6 +121,26 @@ def choose(
     return tuple(c.name for i, c in enumerate(candidates) if chosen >> i & 1)
 
 
+def choose_part(
+    candidates: Sequence[Candidate],
+    rest: Budget,
+    part: Budget,
+    total_macs: int,
+    total_params: int,
+    total_nanoseconds: int = 0,
+) -> tuple[str, ...]:
+    """Names of those among what `choose` takes for the rest of a budget that meet a part of it, by the same measure.
+
+    What is taken for a part alone may leave the rest unmet. Where a number of blocks is asked for, the fractions wait.
+    """
+    totals = total_macs, total_params, total_nanoseconds
+    names = choose(candidates, rest, *totals)
+    if part == rest:
+        return names
+    among = [candidate for candidate in candidates if candidate.name in names]
+    return choose(among, part if part.blocks is None else Budget(blocks=part.blocks), *totals)
+
+
 def _needed(fraction: float | None, total: int) -> int:
     return 0 if fraction is None else math.ceil((Fraction(float(fraction)) - _ROUNDING) * total)
 
@@ -192,8 +212,9 @@ def _too_few(candidates: Sequence[Candidate], budget: Budget, total_macs: int, t
     count = budget.blocks or 0
     macs = sum(sorted(c.macs for c in candidates)[-count:])
     params = sum(sorted(c.params for c in candidates)[-count:])
+    so_many = f"{count} blocks together meet" if count > 1 else "single block meets"
     return (
-        f"no {budget.blocks} blocks together meet {_wanted(budget)}: so many free at most "
+        f"no {so_many} {_wanted(budget)}: so many free at most "
         f"{_most(budget, macs / max(total_macs, 1), params / max(total_params, 1), 'or')}; "
         "ask for more blocks or smaller fractions"
     )

@@ -167,14 +167,14 @@ class GradualPruning:
         self._pass_over()
         if self.stage == len(self.shares) or not self._is_due(count):
             return None
-        left = self._left(self.shares[self.stage])
-        pruner = ModularityPruner(self.model, self.example, self.loader, **self.options, **left)  # type: ignore[arg-type]
+        pruner = ModularityPruner(self.model, self.example, self.loader, **self.options, **self._left(1))  # type: ignore[arg-type]
+        pruner.part = Budget(**self._left(self.shares[self.stage]))  # type: ignore[arg-type]
         plan = pruner.plan()
         with carry_over(self.model, *optimizers):
             pruner.step()
-        self.plans.append(plan)
-        self.now = self._sizes()
-        self.stage += 1
+            self.plans.append(plan)  # here: an optimizer that cannot go on does not undo the stage
+            self.now = self._sizes()
+            self.stage += 1
         return plan
 
     def warn_if_unfinished(self) -> None:

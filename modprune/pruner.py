@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from modprune._bare import check_bare
 from modprune._inputs import first_line
 from modprune._processes import check_alike, everyones, from_first, place
 from modprune._random import undisturbed
 from modprune._state import copied
 from modprune.blocks import Block, Blocks, find_blocks, tied_params
-from modprune.budget import Budget, Candidate, check_fraction, choose
+from modprune.budget import Budget, Candidate, check_fraction, choose_part
 from modprune.cost import count_macs, count_params, latency_by_module, macs_by_module
 from modprune.criteria import BlockScores, Criterion, name_of, resolve, scores_by
 from modprune.plan import PruningPlan
@@ -43,7 +44,7 @@ class ModularityPruner:
             None for none.
         ignored_layers: modules or names that must stay: no block that is one, is inside one or holds one goes.
         iterative_steps: 1 chooses all blocks from one measurement. With n > 1 the budget is met in n equal stages,
-            the network measured anew before each.
+            the network measured anew before each: it takes its part of what would go now for all that is left.
 
     Of several processes (torch.distributed) all make the pruner and call it together, with the same weights. Each
     measures its share of the samples: modularity and the linear classifiers gather the features, so that their scores
@@ -83,9 +84,11 @@ class ModularityPruner:
         check_fraction("width", width)
         self.wrapper = model if isinstance(model, (DataParallel, DistributedDataParallel)) else None
         self.model = model = model if self.wrapper is None else self.wrapper.module
+        check_bare(model)  # before processes compare what each has of a sharded one
         self.example_inputs, self.loader = example_inputs, loader
         self.criterion, self.budget = resolve(criterion), Budget(flops, params, blocks, latency)
         self.ignored, self.iterative_steps, self.width = _names(model, ignored_layers), int(iterative_steps), width
+        self.part: Budget | None = None  # of the budget, what goes now: `GradualPruning` leaves the rest for later
         self.scores: BlockScores | None = None
         self._plan: PruningPlan | None = None
 
@@ -127,7 +130,8 @@ class ModularityPruner:
         gone: list[Candidate] = []
         model = self.model if self.iterative_steps == 1 else copied(self.model)
         for stage in range(1, self.iterative_steps + 1):
-            left = self.budget.left(stage / self.iterative_steps, _freed(gone, totals), len(gone))
+            freed = _freed(gone, totals)
+            left = self.budget.left(stage / self.iterative_steps, freed, len(gone))
             if not left and self.scores is not None:
                 continue
             if not blocks:
@@ -138,7 +142,8 @@ class ModularityPruner:
             if not left:
                 continue
             candidates = _candidates(blocks, scores, self.ignored, times)
-            names = choose(candidates, Budget(**left), *totals)  # type: ignore[arg-type]
+            rest, part = Budget(**self.budget.left(1, freed, len(gone))), self.part or Budget(**left)  # type: ignore[arg-type]
+            names = choose_part(candidates, rest, part, *totals)
             gone += [candidate for candidate in candidates if candidate.name in names]
             if stage < self.iterative_steps:
                 _plan_for(whole, names).apply(model, self.example_inputs)
@@ -147,8 +152,9 @@ class ModularityPruner:
                 blocks = Blocks([block for block in found if block.name in whole], found.refused)
         going = {candidate.name for candidate in gone}
         chosen = [name for name in whole if name in going]
-        freed = _freed(gone, totals)
-        freed["params"] += tied_params(self.model, [whole[name] for name in chosen]) / totals[1]
+        blocks_gone = [whole[name] for name in chosen]  # what they share, a later stage has counted as one's own
+        params = sum(block.params for block in blocks_gone) + tied_params(self.model, blocks_gone)
+        freed = {**_freed(gone, totals), "params": params / totals[1]}
         assert self.scores is not None
         parts = {"criterion": name_of(self.criterion), "scores": self.scores.mean, "freed": freed}
         plan = replace(_plan_for(whole, chosen), **parts)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modprune.budget import Budget, Candidate, choose
+from modprune.budget import Budget, Candidate, choose, choose_part
 from tests.oracles import best_set
 
 scores = st.one_of(st.floats(-1, 1, allow_nan=False), st.integers(-2, 2).map(lambda n: n / 4))
@@ -26,10 +26,36 @@ def test_choice_equals_brute_force(rows, flops, params, blocks):
     budget = Budget(flops, params, blocks)
     expected = best_set(candidates, budget, macs, count)
     if expected is None:
-        with pytest.raises(ValueError, match=r"cannot be met|only \d+ blocks|no \d+ blocks together"):
+        with pytest.raises(ValueError, match=r"cannot be met|only \d+ blocks|no \d+ blocks together|no single"):
             choose(candidates, budget, macs, count)
     else:
         assert choose(candidates, budget, macs, count) == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(costs, fractions, fractions, st.one_of(st.none(), st.integers(1, 5)), st.lists(st.floats(0.1, 0.9), max_size=3))
+def test_stages_by_one_measure_come_to_the_choice_at_once(rows, flops, params, blocks, shares):
+    if flops is None and params is None and blocks is None:
+        flops = 0.5
+    candidates = [Candidate(str(i), *row) for i, row in enumerate(rows)]
+    macs, count = sum(c.macs for c in candidates) + 3, sum(c.params for c in candidates) + 3
+    budget = Budget(flops, params, blocks)
+    if (expected := best_set(candidates, budget, macs, count)) is None:
+        return
+    gone: list[Candidate] = []
+    for share in (*sorted(shares), 1):
+        freed = {"flops": sum(c.macs for c in gone) / macs, "params": sum(c.params for c in gone) / count}
+        left = [c for c in candidates if c not in gone]
+        part, rest = (budget.left(by, freed, len(gone)) for by in (share, 1))
+        names = choose_part(left, Budget(**rest), Budget(**part), macs, count) if part else ()
+        gone += [c for c in left if c.name in names]
+    assert sum(c.score for c in gone) <= sum(c.score for c in candidates if c.name in expected) + 1e-9
+    assert (
+        budget.left(
+            1, {"flops": sum(c.macs for c in gone) / macs, "params": sum(c.params for c in gone) / count}, len(gone)
+        )
+        == {}
+    )
 
 
 def test_time_takes_the_place_of_macs():

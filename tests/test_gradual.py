@@ -10,9 +10,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from modprune import GradualPruning, Settled, carry_over, count_macs, count_params, cubic, modularity_curve
+from modprune import (
+    GradualPruning,
+    ModularityPruner,
+    Settled,
+    carry_over,
+    count_macs,
+    count_params,
+    cubic,
+    modularity_curve,
+)
 from modprune.criteria import BlockScores, Modularity
 from modprune.data import ImageLoader, digits
 from modprune.models import resnet20, resnet32
@@ -69,6 +79,48 @@ def test_a_stage_of_so_many_blocks_meets_what_they_stand_for():
     assert len(plan.remove) == 4
     assert plan.freed["params"] >= 0.6
     assert prune(2) is None
+
+
+class Deep(nn.Module):
+    """Many parameters, few MACs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 1))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class Wide(Deep):
+    """Many MACs, few parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+
+
+def test_stages_lead_to_every_budget_that_can_be_met():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Wide(), Deep(), Wide(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    budget = {"blocks": 2, "flops": 0.45, "params": 0.6}  # no single block meets half of both
+    for criterion in (scored("1"), scored("2"), scored("1", "3")):
+        trial = copy.deepcopy(model)
+        at_once = ModularityPruner(trial, X, loader(), criterion, **budget).plan()
+        staged = ModularityPruner(trial, X, loader(), criterion, **budget, iterative_steps=2).plan()
+        assert staged.remove == at_once.remove
+        prune = GradualPruning(trial, loader(), criterion, at=(1, 2), shares=(0.5, 1), **budget)
+        assert sorted(prune(1).remove + prune(2).remove) == sorted(at_once.remove)
+
+
+def test_an_optimizer_that_cannot_go_on_does_not_undo_the_stage():
+    model = resnet20()
+    first = torch.optim.SGD(model.layer1[0].parameters(), 0.1)
+    prune = GradualPruning(model, loader(), scored("layer1.0"), at=(1, 2), shares=(0.5, 1), blocks=2)
+    with pytest.raises(ValueError, match="no parameter"):
+        prune(1, first)
+    prune(2)
+    prune(3)
+    assert len(removed_blocks(model).remove) == 2
 
 
 def test_a_stage_whose_count_was_missed_comes_with_the_next():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import numpy as np
 import pytest
@@ -111,9 +112,9 @@ def test_parameters_that_blocks_share_among_themselves_are_freed_with_the_last()
     blocks = [shared, Plus(), Plus()]
     blocks[1].f = shared.f
     model = nn.Sequential(nn.Conv2d(3, 4, 1), *blocks, nn.Flatten())
-    for lowest in ({"1": 0, "2": 0}, {"1": 0, "3": 0}):
+    for lowest, steps in product(({"1": 0, "2": 0}, {"1": 0, "3": 0}), (1, 2)):
         trial, whole = copy.deepcopy(model), count_params(model)
-        pruner = ModularityPruner(trial, X, [], by_name(lowest), blocks=2)
+        pruner = ModularityPruner(trial, X, [], by_name(lowest), blocks=2, iterative_steps=steps)
         freed = pruner.plan().freed["params"]
         assert freed == pytest.approx(1 - count_params(pruner.step()) / whole)
         assert freed == pytest.approx(count_params(blocks[2]) / whole)
@@ -133,7 +134,7 @@ def test_stages_remove_as_many_blocks_as_asked_for_or_say_what_is_missing():
     model, bad = network(), {f"layer1.{i}": -1.0 for i in range(4)}
     plan = ModularityPruner(model, X, loader(), by_name(bad), flops=0.1, blocks=2, iterative_steps=4).plan()
     assert len(plan.remove) == 2
-    with pytest.raises(ValueError, match=r"no 1 blocks together meet flops=0.08: so many free at most 6.9%"):
+    with pytest.raises(ValueError, match=r"no single block meets flops=0.08: so many free at most 6.9%"):
         ModularityPruner(model, X, loader(), by_name({}), flops=0.08, blocks=1, iterative_steps=4).plan()
 
 
@@ -217,6 +218,12 @@ def test_iterations_meet_the_same_budget_and_measure_anew():
 def test_arguments_are_checked_at_once(arguments, message):
     with pytest.raises(ValueError, match=message):
         ModularityPruner(network(), X, loader(), **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_wrapped_model_is_refused_at_once():
+    with pytest.raises(ValueError, match="the model is compiled"):
+        ModularityPruner(torch.compile(network()), X, loader(), blocks=1)
 
 
 def test_inference_mode_leaves_nothing_behind(tmp_path):

@@ -218,10 +218,12 @@ def _thop(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, float]:
 
 def _by_type(model: nn.Module, macs: Mapping[str, int]) -> dict[str, int]:
     own: dict[str, int] = {}
-    for name, module in model.named_modules():
-        inside = sum(macs.get(f"{name}.{child}".lstrip("."), 0) for child, _ in module.named_children())
+    whole: dict[str, int] = {}
+    for name, module in reversed(list(model.named_modules())):
+        inside = sum(whole.get(f"{name}.{child}".lstrip("."), 0) for child, _ in module.named_children())
+        whole[name] = macs.get(name, 0) or inside  # a list of modules is held, but never called
         kind = type(module).__name__
-        own[kind] = own.get(kind, 0) + macs.get(name, 0) - inside
+        own[kind] = own.get(kind, 0) + whole[name] - inside
     return own
 
 

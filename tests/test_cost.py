@@ -68,6 +68,25 @@ def test_differences_are_explained_by_hand(batch):
     assert macs["fvcore"][""] - macs["modprune"][""] == 2 * elements
 
 
+class Listed(nn.Module):
+    """Calls what a list holds, and never the list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(2)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_list_of_modules_explains_nothing():
+    model = Listed()
+    differences = mac_differences(model, macs_by_counter(model, torch.zeros(1, 4, 5, 5)))
+    assert differences == {name: {"BatchNorm2d": 2 * n * 4 * 5 * 5} for name, n in (("fvcore", 2), ("thop", 4))}
+
+
 def test_attention_is_what_the_cross_checks_miss():
     layer, tokens = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.zeros(1, 5, 8)
     missed = mac_differences(layer, macs_by_counter(layer, tokens))

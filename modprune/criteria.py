@@ -308,6 +308,10 @@ class Consensus:
         ranks = []
         for criterion in map(resolve, self.criteria):
             mean = scores_by(criterion, model, blocks, loader).mean
+            if bad := [name for name in blocks.names if not np.isfinite(mean[name])]:  # a rank would hide it
+                raise ValueError(
+                    f"the score of {bad[0]} by {name_of(criterion)} is not a finite number: check the criterion"
+                )
             _, rank = np.unique([mean[name] for name in blocks.names], return_inverse=True)
             ranks.append(rank / max(1, rank.max()))
         return BlockScores(blocks.names, np.array(ranks))

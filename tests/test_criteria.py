@@ -461,6 +461,16 @@ def test_a_criterion_that_leaves_a_block_out_or_gives_something_else_is_named():
         Ablation(repeats=0)(model, blocks, LABELLED)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_score_that_is_no_number_is_given_no_rank(value):
+    def broken(model, blocks, loader):
+        return BlockScores(blocks.names, np.array([[value, *range(len(blocks) - 1)]]))
+
+    model = resnet20()
+    with pytest.raises(ValueError, match=r"score of layer1\.0 by broken is not a finite number: check the criterion"):
+        Consensus(("random", broken))(model, find_blocks(model, X), LABELLED)
+
+
 @pytest.mark.parametrize("shape", [(2,), (3, 2, 1), (1, 3), (0, 2)])
 def test_scores_of_another_shape_than_repeats_by_blocks_are_refused(shape):
     with pytest.raises(ValueError, match=r"2 blocks have shape .*: give \(repeats, 2\)"):

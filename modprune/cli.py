@@ -179,7 +179,8 @@ def plan(
         return
     longest = max(map(len, chosen.scores))
     for name, score in chosen.scores.items():
-        print(f"{name:<{longest}} {score:+.4f}  {'remove' if name in chosen.remove else ''}".rstrip())
+        # Significant digits: the scores of some criteria are all below a ten-thousandth.
+        print(f"{name:<{longest}} {f'{score:+.4g}':>10}  {'remove' if name in chosen.remove else ''}".rstrip())
     freed = chosen.freed
     channels = f", channels: {sum(len(c) for _, c in chosen.width)}" if chosen.width else ""
     time = "time, by blocks alone" if chosen.width else "time"

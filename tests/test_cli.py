@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from modprune import PruningPlan, count_params, evaluate, load, studies
 from modprune.cli import app, main
+from modprune.criteria import BlockScores
 from modprune.data import ImageLoader, digits
 from modprune.models import resnet20
 
@@ -95,6 +96,15 @@ def test_blocks_curve_and_plan_write_json(weights, tmp_path):
     in_process("plan", *shared, "--blocks", 2, "--criterion", "l1_norm", "--json", tmp_path / "p.json")
     plan = PruningPlan.from_json(tmp_path / "p.json")
     assert (len(plan.remove), plan.criterion) == (2, "l1_norm")
+
+
+def test_small_scores_are_told_apart(weights, monkeypatch):
+    small = lambda model, blocks, _: BlockScores(blocks.names, [[i / 10**7 for i in range(-3, 6)]])  # noqa: E731
+    monkeypatch.setattr("modprune.cli.fitted", lambda *_: small)
+    text = in_process("plan", "--model", "resnet20", "--weights", weights, "--data", "digits", "--blocks", 2).output
+    lines = text.splitlines()[:9]
+    assert [line.split()[1] for line in lines[:5]] == ["-3e-07", "-2e-07", "-1e-07", "+0", "+1e-07"]
+    assert len({len(line.removesuffix("  remove")) for line in lines}) == 1
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,13 @@ from modprune.data import ImageLoader, digits
 from modprune.graph import feature_graph
 from modprune.models import resnet20
 from modprune.studies import CurveRecorder, Parts
+from modprune.studies.ablation import draw as draw_ablation
 from modprune.studies.adversarial import ATTACKS
 from modprune.studies.layers import layers_of
+from modprune.studies.plateaus import draw as draw_plateaus
 from modprune.studies.recovery import recover
 from modprune.studies.separation import _embedded, _silhouette
+from modprune.studies.separation import draw as draw_separation
 from modprune.studies.study import rank_correlation
 from tests.oracles import networkx_q
 
@@ -353,6 +356,23 @@ def test_as_many_classes_as_fooled_images_are_too_few_for_a_graph(network, monke
     (row,) = study.numbers["attacks"]
     assert row["fooled"] > 1
     assert "too few for a graph" in study.text
+
+
+def test_every_curve_is_drawn_and_told_apart():
+    cells = [{"k": k, "samples": 50, "q": [[0.0, 0.1 * k]]} for k in range(1, 13)]
+    cuts = [{"cut": cut, "layers": ["a", "c"], "q": [[0.1, 0.2]]} for cut in range(1, 12)]
+    left = draw_ablation({"cells": cells}).axes[0]
+    (ax,) = draw_plateaus({"layers": ["a", "b", "c"], "q": [[0.1, 0.2, 0.3]], "cuts": cuts}).axes
+    for lines in (left.get_lines(), ax.get_lines()):
+        assert len({(line.get_color(), line.get_marker()) for line in lines}) == 12
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [f"k = {k}" for k in range(1, 13)]
+
+
+def test_more_than_ten_classes_are_told_apart_in_the_picture():
+    row = {"layer": "a", "q": 0.5, "at": [[n, n] for n in range(30)], "edges": []}
+    ax = draw_separation({"layers": [row], "labels": list(range(30))}).axes[0]
+    seen = [(tuple(c.get_facecolor()[0]), c.get_paths()[0].vertices.tobytes()) for c in ax.collections]
+    assert len(set(seen)) == 30
 
 
 def test_networks_of_the_same_file_name_are_told_apart():

@@ -15,7 +15,7 @@ from modprune.features import GIB, LayerGrams
 from modprune.graph import check_k, feature_graph_from_gram, graph_modularity
 from modprune.samples import Sample, draw_samples, labels_of
 from modprune.studies.layers import layers_of
-from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, rank_correlation, style
+from modprune.studies.study import Parts, Study, looks, panels, rank_correlation, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,7 +87,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
         figure, axes = panels(2, 2, 2.6, sharey=True)
         for ax, fixed, free, value in ((axes[0], "samples", "k", n), (axes[1], "k", "samples", k)):
             chosen = [cell for cell in cells if cell[fixed] == value]
-            for cell, ink, marker in zip(chosen, INKS, MARKERS, strict=False):
+            for cell, (ink, marker) in zip(chosen, looks(len(chosen)), strict=True):
                 q = np.array(cell["q"])
                 x, mean, std = range(q.shape[1]), q.mean(0), q.std(0)
                 ax.fill_between(x, mean - std, mean + std, color=ink, alpha=0.15, lw=0)

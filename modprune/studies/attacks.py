@@ -18,7 +18,7 @@ from modprune.features import LayerGrams
 from modprune.samples import Sample
 from modprune.studies.adversarial import ATTACKS
 from modprune.studies.layers import layers_of
-from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, style
+from modprune.studies.study import Parts, Study, looks, panels, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,7 +120,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
     with style():
         figure, axes = panels(2, 2, 2.7)
         axes[0].plot(x, numbers["clean"], color="black", lw=1.6, label="clean")
-        for row, ink, marker in zip(rows, INKS, MARKERS, strict=False):
+        for row, (ink, marker) in zip(rows, looks(len(rows)), strict=True):
             axes[0].plot(x, row["q"], marker=marker, ms=3, lw=1, color=ink, label=row["attack"])
             axes[1].plot(x, np.subtract(row["q"], row["clean"]), marker=marker, ms=3, lw=1, color=ink)
         axes[1].axhline(0, color="black", lw=1.6)

@@ -15,7 +15,7 @@ from modprune.curve import ModularityCurve, modularity_curve
 from modprune.samples import drawn
 from modprune.studies.layers import layers_of
 from modprune.studies.recovery import cut, recover
-from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, rank_correlation, style
+from modprune.studies.study import Parts, Study, looks, panels, rank_correlation, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,8 +82,8 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
     place = {layer: i for i, layer in enumerate(numbers["layers"])}
     with style():
         figure, (ax,) = panels(1, 1, 3.0)
-        whole = {"cut": 0, "layers": numbers["layers"], "q": numbers["q"]}
-        for row, ink, marker in zip([whole, *numbers["cuts"]], INKS, MARKERS, strict=False):
+        rows = [{"cut": 0, "layers": numbers["layers"], "q": numbers["q"]}, *numbers["cuts"]]
+        for row, (ink, marker) in zip(rows, looks(len(rows)), strict=True):
             label = f"{row['cut']} {'block' if row['cut'] == 1 else 'blocks'} fewer" if row["cut"] else "whole"
             x = [place[layer] for layer in row["layers"]]
             ax.plot(x, np.mean(row["q"], 0), marker=marker, ms=4, lw=1, color=ink, label=label)

@@ -17,7 +17,7 @@ from modprune.samples import drawn
 from modprune.studies.layers import layers_of
 from modprune.studies.plateaus import by_gain
 from modprune.studies.recovery import cut, recover
-from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, style
+from modprune.studies.study import Parts, Study, looks, panels, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,7 +93,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
     with style():
         figure, axes = panels(len(stages), len(stages), 2.4)
         for ax, stage in zip(axes, stages, strict=True):
-            for kind, ink, marker in zip(("redundant", "needed"), INKS, MARKERS, strict=False):
+            for kind, (ink, marker) in zip(("redundant", "needed"), looks(2), strict=True):
                 mine = [row for row in rows if row["kind"] == kind]
                 x = [row["states"][stage]["q"] - before["q"] for row in mine]
                 y = [row["states"][stage]["top1"] - before["top1"] for row in mine]

@@ -118,7 +118,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
                 edges.set_rasterized(True)  # thousands of them would be most of the SVG file
             for n, label in enumerate(np.unique(labels)):
                 mine = at[labels == label]
-                ink, marker = f"C{n % 10}", MARKERS[n % len(MARKERS)]
+                ink, marker = f"C{n % 10}", MARKERS[(n + n // 10) % len(MARKERS)]  # a hundred pairs
                 ax.scatter(*mine.T, s=4, marker=marker, color=ink, linewidths=0)
             ax.set_title(f"{row['layer']}: Q = {row['q']:.3f}", fontsize=7)
             ax.set_axis_off()

@@ -84,6 +84,11 @@ def panels(count: int, columns: int, height: float, **options: Any) -> tuple[Fig
     return figure, axes[:count]
 
 
+def looks(count: int) -> list[tuple[str, str]]:
+    """A colour and a marker for each of `count` lines: a pair comes again after forty."""
+    return [(INKS[i % len(INKS)], MARKERS[i % len(MARKERS)]) for i in range(count)]
+
+
 def extra(module: str) -> Any:
     """A module of the extra `studies`.
 

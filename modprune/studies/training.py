@@ -15,7 +15,7 @@ from modprune.features import LayerGrams
 from modprune.finetune import Epoch, finetune
 from modprune.samples import drawn
 from modprune.studies.layers import layers_of
-from modprune.studies.study import INKS, MARKERS, Parts, Study, panels, style
+from modprune.studies.study import INKS, Parts, Study, looks, panels, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,7 +126,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
     epochs = [row["epoch"] for row in rows]
     with style():
         figure, axes = panels(2, 2, 2.8)
-        for i, ink, marker in zip(shown, INKS, MARKERS, strict=False):
+        for i, (ink, marker) in zip(shown, looks(len(shown)), strict=True):
             axes[0].plot(epochs, [row["q"][i] for row in rows], marker=marker, ms=3, lw=1, color=ink, label=layers[i])
         axes[0].set_ylabel("modularity Q")
         figure.legend(frameon=False, ncols=4, loc="outside lower center")

@@ -45,7 +45,7 @@ class ModularityCurve:
     @property
     def std(self) -> np.ndarray:
         """(layers,): standard deviation of Q over the repeats; 0 for a single one."""
-        return _std(self.q)
+        return spread(self.q)
 
     @property
     def gain(self) -> np.ndarray:
@@ -61,7 +61,7 @@ class ModularityCurve:
         between repeats that all layers share is not in it. 0 for a single repeat. Too small where the loader holds
         fewer samples than all repeats ask for: those that share samples are alike.
         """
-        return 2 * _std(np.diff(self.q, axis=1)) / np.sqrt(len(self.q))
+        return 2 * spread(np.diff(self.q, axis=1)) / np.sqrt(len(self.q))
 
     def plateaus(self) -> tuple[str, ...]:
         """Blocks whose gain lies within the noise: they part the classes no further."""
@@ -207,5 +207,6 @@ def check_classes(labels: Tensor) -> None:
         raise ValueError(f"{len(labels)} samples of as many classes: no two share one; raise samples")
 
 
-def _std(values: np.ndarray) -> np.ndarray:
+def spread(values: np.ndarray) -> np.ndarray:
+    """Standard deviation over the first dimension, estimated from these few (n - 1); 0 for a single one."""
     return values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])

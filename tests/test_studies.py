@@ -17,11 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from modprune import finetune, modularity_curve, studies
 from modprune._studies_cli import _titles
+from modprune.curve import ModularityCurve
 from modprune.data import ImageLoader, digits
 from modprune.graph import feature_graph
 from modprune.models import resnet20
 from modprune.studies import CurveRecorder, Parts
 from modprune.studies.ablation import draw as draw_ablation
+from modprune.studies.ablation import tell as tell_ablation
 from modprune.studies.adversarial import ATTACKS
 from modprune.studies.layers import layers_of
 from modprune.studies.plateaus import draw as draw_plateaus
@@ -366,6 +368,15 @@ def test_every_curve_is_drawn_and_told_apart():
     for lines in (left.get_lines(), ax.get_lines()):
         assert len({(line.get_color(), line.get_marker()) for line in lines}) == 12
     assert [text.get_text() for text in left.get_legend().get_texts()] == [f"k = {k}" for k in range(1, 13)]
+
+
+def test_the_spread_between_draws_is_that_of_a_curve():
+    q = [[0.1, 0.2], [0.3, 0.7], [0.2, 0.3]]
+    numbers = {"layers": ["a", "b"], "cells": [{"k": 3, "samples": 50, "q": q}], "rank_correlation": [[1.0]]}
+    largest = ModularityCurve(("a", "b"), np.array(q)).std.max()
+    assert f"largest spread between draws is {largest:.4f} at N = 50" in tell_ablation(numbers)
+    band = draw_ablation(numbers).axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(0.4 + largest)
 
 
 def test_more_than_ten_classes_are_told_apart_in_the_picture():

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from modprune._inputs import first_sample
-from modprune.curve import check_classes
+from modprune.curve import check_classes, spread
 from modprune.features import GIB, LayerGrams
 from modprune.graph import check_k, feature_graph_from_gram, graph_modularity
 from modprune.samples import Sample, draw_samples, labels_of
@@ -89,7 +89,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
             chosen = [cell for cell in cells if cell[fixed] == value]
             for cell, (ink, marker) in zip(chosen, looks(len(chosen)), strict=True):
                 q = np.array(cell["q"])
-                x, mean, std = range(q.shape[1]), q.mean(0), q.std(0)
+                x, mean, std = range(q.shape[1]), q.mean(0), spread(q)
                 ax.fill_between(x, mean - std, mean + std, color=ink, alpha=0.15, lw=0)
                 name = "N" if free == "samples" else "k"
                 ax.plot(x, mean, marker=marker, ms=3, lw=1, color=ink, label=f"{name} = {cell[free]}")
@@ -119,4 +119,4 @@ def tell(numbers: Mapping[str, Any]) -> str:
 
 
 def _spread(cells: Sequence[Mapping[str, Any]], n: int) -> float:
-    return max(float(np.std(cell["q"], 0).max()) for cell in cells if cell["samples"] == n)
+    return max(float(spread(np.array(cell["q"])).max()) for cell in cells if cell["samples"] == n)

@@ -36,7 +36,8 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
 
     Raises:
         ValueError: for an empty loader, missing labels or labels beyond the number of classes.
-        RuntimeError: for logits that are NaN or infinite.
+        RuntimeError: for logits that are NaN or infinite; -inf, as models mask with, passes for every class but the
+            label.
     """
     samples = 0
     totals = torch.zeros(3, dtype=torch.float64)
@@ -51,7 +52,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
             if len(labels) == 0:
                 continue
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            if loss.isnan():
+            if not loss.isfinite():
                 raise RuntimeError(f"the model gives NaN or inf in the batch after sample {samples}: check its weights")
             first = logits.argmax(1) == labels  # of equal logits the same as everywhere, which topk does not say
             among = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(1)

@@ -38,6 +38,7 @@ def test_labels_are_integers_of_any_width_and_empty_batches_count_nothing(dtype)
         ([(torch.zeros(2, 3), torch.tensor([0, 3]))], ValueError, r"labels from 0 to 3 with 3 classes"),
         ([(torch.full((2, 3), torch.nan), torch.tensor([0, 1]))], RuntimeError, "gives NaN"),
         ([(torch.full((2, 3), torch.inf), torch.tensor([0, 1]))], RuntimeError, "gives NaN or inf"),
+        ([(torch.tensor([[0.0, -torch.inf]]), torch.tensor([1]))], RuntimeError, "gives NaN or inf"),
         ([(torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.long))], ValueError, r"2 integers.* of shape \(2, 1\)"),
         ([(torch.zeros(2, 3), torch.zeros(2))], ValueError, r"2 integers.* given torch.float32"),
         (
@@ -52,6 +53,10 @@ def test_labels_are_integers_of_any_width_and_empty_batches_count_nothing(dtype)
 def test_errors(batches, error, message):
     with pytest.raises(error, match=message):
         evaluate(Given(), batches)
+
+
+def test_classes_may_be_masked():
+    assert evaluate(Given(), [(torch.tensor([[0.0, -torch.inf]]), torch.tensor([0]))]).loss == 0
 
 
 class Seen(nn.Module):

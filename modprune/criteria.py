@@ -258,12 +258,12 @@ class L1Norm:
     """Mean L1 norm of the block's filters; needs no data.
 
     Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017), section 3.1, averaged over the filters of each
-    layer, then over the layers.
+    layer, then over the layers. Scales of channels and tables of position biases are no layers.
     """
 
     def __call__(self, model: nn.Module, blocks: Blocks, loader: Iterable[Any] = ()) -> BlockScores:
         """(1, blocks)."""
-        filters = [[p.detach() for p in _weights(model, block.layers) if p.ndim > 1] for block in blocks]
+        filters = [_filters(model, block.layers) for block in blocks]
         return _once(
             blocks, [[float(p.abs().flatten(1).sum(1).mean()) for p in layers] for layers in filters], "weight"
         )
@@ -440,6 +440,16 @@ def _held_out(classifier: Any, features: np.ndarray, labels: np.ndarray) -> floa
 
 def _weights(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
     return [p for layer in layers for p in model.get_submodule(layer).parameters(recurse=False)]
+
+
+def _filters(model: nn.Module, layers: Sequence[str]) -> list[Tensor]:
+    """Weights with a filter in each row: so called, or by another name (those of experts) no scales and no biases."""
+    return [
+        parameter.detach()
+        for layer in layers
+        for name, parameter in model.get_submodule(layer).named_parameters(layer, recurse=False)
+        if parameter.ndim > 1 and ("weight" in name or (parameter[0].numel() > 1 and "bias" not in name))
+    ]
 
 
 def _scales(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:

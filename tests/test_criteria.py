@@ -14,6 +14,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -357,6 +358,36 @@ def test_norms_of_weights_and_scales_are_means_by_hand():
     turn = nn.Sequential(Turn(BACK))
     with pytest.raises(ValueError, match="block 0 has no norm with a scale"):
         BnScale()(turn, find_blocks(turn, torch.ones(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("make", "beside"),
+    [(torchvision.models.convnext_tiny, "layer_scale"), (torchvision.models.swin_t, "relative_position_bias_table")],
+)
+def test_scales_of_channels_and_tables_of_biases_are_no_filters(make, beside):
+    torch.manual_seed(0)
+    model, images = make(), torch.zeros(1, 3, 64, 64)
+    blocks = find_blocks(model, images)
+    before = L1Norm()(model, blocks).mean
+    for name, parameter in model.named_parameters():
+        if name.endswith(beside):
+            nn.init.constant_(parameter, 1e3)
+    assert L1Norm()(model, blocks).mean == before
+
+
+def test_weights_that_are_computed_or_have_other_names_are_filters():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.ones(2, 4)), weight_norm(nn.Linear(4, 2, bias=False))
+
+        def forward(self, x):
+            return x + self.down((x @ self.up).relu())
+
+    model, x = nn.Sequential(Named()), torch.ones(1, 2)
+    norms = model[0].down.parametrizations.weight
+    expected = [4.0, *(p.detach().abs().sum(1).mean().item() for p in (norms.original0, norms.original1))]
+    assert L1Norm()(model, find_blocks(model, x)).mean["0"] == pytest.approx(np.mean(expected))
 
 
 def test_fitted_stays_a_value():

@@ -216,11 +216,14 @@ def difference(
 
 
 def _titles(sources: list[Source]) -> list[str]:
-    """The network, without where it comes from; where that does not tell one from another its data, weights, number."""
+    """The network, without where it comes from; where that does not tell all apart, its data or weights, if they do
+    something to, or a number.
+    """
     titles = [Path(source.model.rpartition(":")[2]).name for source in sources]
     for more in ("data", "weights"):
-        if len(set(titles)) < len(titles):
-            titles = [f"{t}, {Path(str(getattr(s, more))).name}" for t, s in zip(titles, sources, strict=True)]
+        names = [Path(str(getattr(source, more))).name for source in sources]
+        if len(set(titles)) < len(titles) and len(set(names)) > 1:
+            titles = [f"{title}, {name}" for title, name in zip(titles, names, strict=True)]
     if len(set(titles)) < len(titles):
         titles = [f"{number}: {title}" for number, title in enumerate(titles, 1)]
     return titles

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 import xml.etree.ElementTree as ET
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import scipy
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,6 +27,7 @@ from modprune.studies import CurveRecorder, Parts
 from modprune.studies.ablation import draw as draw_ablation
 from modprune.studies.ablation import tell as tell_ablation
 from modprune.studies.adversarial import ATTACKS
+from modprune.studies.curves import draw as draw_curves
 from modprune.studies.layers import layers_of
 from modprune.studies.plateaus import draw as draw_plateaus
 from modprune.studies.recovery import recover
@@ -386,8 +389,23 @@ def test_more_than_ten_classes_are_told_apart_in_the_picture():
     assert len(set(seen)) == 30
 
 
-def test_networks_of_the_same_file_name_are_told_apart():
-    sources = [
-        SimpleNamespace(model="resnet20", data="digits", weights=f"runs/{run}/model.safetensors") for run in "ab"
+@pytest.mark.parametrize(
+    ("weights", "titles"),
+    [
+        (("runs/a/model.safetensors", "runs/b/model.safetensors"), ["1: resnet20", "2: resnet20"]),
+        (("a.th", "b.th"), ["resnet20, a.th", "resnet20, b.th"]),
+    ],
+)
+def test_networks_of_the_same_name_are_told_apart_by_what_differs(weights, titles):
+    assert _titles([SimpleNamespace(model="resnet20", data="digits", weights=path) for path in weights]) == titles
+
+
+def test_long_titles_of_panels_side_by_side_do_not_meet():
+    rows = [
+        {"network": f"resnet20, resnet20-{name}-of-seven.safetensors", "layers": ["a", "b"], "q": [[0.1, 0.2]]}
+        for name in ("first", "second", "third")
     ]
-    assert _titles(sources) == [f"{n}: resnet20, digits, model.safetensors" for n in (1, 2)]
+    figure = draw_curves({"networks": rows})
+    FigureCanvasAgg(figure).draw()
+    boxes = [ax.title.get_window_extent() for ax in figure.axes]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))

@@ -62,7 +62,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
             plot_curve(ModularityCurve(tuple(row["layers"]), np.array(row["q"])), ax)
             last = len(row["layers"]) - 1
             ax.set_xticks(sorted({0, last // 2, last}), sorted({0, last // 2, last}), rotation=0, fontsize=7)
-            ax.set_title(row["network"])
+            ax.set_title(row["network"].replace(", ", "\n"))  # a panel is a third of the page wide
             ax.set_xlabel("points after the stem")
             ax.get_lines()[0].set_markersize(2.5)
             ax.get_legend().remove()

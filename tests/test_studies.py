@@ -108,6 +108,17 @@ def test_ablation_cuts_its_cells_from_one_draw(network, tmp_path):
     assert np.allclose(np.diagonal(numbers["rank_correlation"]), 1)
 
 
+def test_what_is_given_twice_is_measured_once(network, monkeypatch):
+    once = studies.ablation(network, calibration(), ks=(3,), sizes=(50,)).numbers
+    assert studies.ablation(network, calibration(), ks=(3, 3), sizes=(50, 50)).numbers == once
+    twice = studies.plateaus(network, calibration(), train(), cuts=(1, 1), samples=60, repeats=1)
+    assert [row["cut"] for row in twice.numbers["cuts"]] == [1]
+    monkeypatch.setitem(ATTACKS, "fgsm", lambda model, images, labels: images)
+    normal = {"mean": held_out().data.mean, "std": held_out().data.std}
+    attacked = studies.attacks(network, held_out(), **normal, names=("fgsm", "fgsm"), samples=50)
+    assert len(attacked.numbers["attacks"]) == 1
+
+
 def test_difference_and_cka(network, tmp_path):
     numbers = written(studies.difference(network, calibration(), samples=100), tmp_path)
     q, d, cka = (np.array(numbers[name]) for name in ("q", "difference", "cka"))

@@ -49,6 +49,7 @@ def ablation(
     Raises:
         ValueError: as `modularity_curve`.
     """
+    ks, sizes = tuple(dict.fromkeys(ks)), tuple(dict.fromkeys(sizes))  # doubled, cells would hold every curve twice
     check_k(max(ks), min(sizes))
     parts, layers = parts or Parts(), layers_of(model, first_sample(loader))
     drawn = []

@@ -88,7 +88,7 @@ def attacks(
             return row
 
         clean = parts("clean", lambda: q_of(LayerGrams(model, layers), batches_of(images, labels), k))
-        rows = [{"attack": name} | parts(name, measured, name) for name in names]
+        rows = [{"attack": name} | parts(name, measured, name) for name in dict.fromkeys(names)]
     numbers = {"k": k, "samples": samples, "layers": layers, "clean": clean, "attacks": rows}
     return Study("attacks", numbers, draw(numbers), tell(numbers))
 

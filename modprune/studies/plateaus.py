@@ -66,7 +66,7 @@ def plateaus(
         q = modularity_curve(pruned, images, k, samples, repeats, layers=stay).q
         return {"removed": order[:count], "layers": stay, "q": q.tolist()}
 
-    bar = tqdm(sorted(cuts), "cuts", leave=False)
+    bar = tqdm(sorted(set(cuts)), "cuts", leave=False)
     rows = [{"cut": count} | parts(f"cut {count}", measured, count) for count in bar]
     numbers = {"k": k, "samples": samples, "epochs": epochs, "layers": layers, "q": whole.tolist(), "cuts": rows}
     return Study("plateaus", numbers, draw(numbers), tell(numbers))

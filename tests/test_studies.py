@@ -7,12 +7,14 @@ import itertools
 import json
 import sys
 import xml.etree.ElementTree as ET
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy
 import torch
+import torchvision
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -229,6 +231,16 @@ def test_redundancy_cuts_both_ends(network, tmp_path):
     assert [row["removed"] for row in numbers["cuts"]] == [order[:1], order[:2], order[:-2:-1], order[:-3:-1]]
     assert all(list(row["states"]) == ["at once", "batch norm", "fine-tuned"] for row in numbers["cuts"])
     assert numbers["cuts"][0]["gain"] == pytest.approx(curve.gain.min())
+
+
+def test_of_batch_norm_nothing_is_told_where_there_is_none():
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=10, norm_layer=partial(nn.GroupNorm, 8))
+    laid = studies.plateaus(network, calibration(), train(), cuts=(1,), **SMALL)
+    assert "removed, and the curve measured again at once." in laid.text
+    both = studies.redundancy(network, calibration(), train(), held_out(), cuts=1, **SMALL)
+    assert [list(row["states"]) for row in both.numbers["cuts"]] == [["at once"]] * 2
+    assert "batch norm" not in both.text
 
 
 def test_attacks_hold_the_images_they_turn_against_the_same_clean(network, tmp_path):

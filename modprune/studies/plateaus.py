@@ -14,7 +14,7 @@ from modprune.blocks import find_blocks
 from modprune.curve import ModularityCurve, modularity_curve
 from modprune.samples import drawn
 from modprune.studies.layers import layers_of
-from modprune.studies.recovery import cut, recover
+from modprune.studies.recovery import cut, has_statistics, recover
 from modprune.studies.study import Parts, Study, looks, panels, rank_correlation, style
 
 if TYPE_CHECKING:
@@ -68,7 +68,15 @@ def plateaus(
 
     bar = tqdm(sorted(set(cuts)), "cuts", leave=False)
     rows = [{"cut": count} | parts(f"cut {count}", measured, count) for count in bar]
-    numbers = {"k": k, "samples": samples, "epochs": epochs, "layers": layers, "q": whole.tolist(), "cuts": rows}
+    numbers = {
+        "k": k,
+        "samples": samples,
+        "epochs": epochs,
+        "batch_norm": has_statistics(model),
+        "layers": layers,
+        "q": whole.tolist(),
+        "cuts": rows,
+    }
     return Study("plateaus", numbers, draw(numbers), tell(numbers))
 
 
@@ -96,8 +104,9 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
 def tell(numbers: Mapping[str, Any]) -> str:
     """What was measured, in words."""
     epochs = numbers["epochs"]
-    after = f"{epochs} epochs of fine-tuning" if epochs else "measuring batch-norm statistics anew"
-    lines = [f"Blocks with the least gain removed, and the curve measured again after {after}."]
+    renewed = "after measuring batch-norm statistics anew" if numbers["batch_norm"] else "at once"
+    after = f"after {epochs} epochs of fine-tuning" if epochs else renewed
+    lines = [f"Blocks with the least gain removed, and the curve measured again {after}."]
     whole = dict(zip(numbers["layers"], np.mean(numbers["q"], 0), strict=True))
     for row in numbers["cuts"]:
         q, before = np.mean(row["q"], 0), np.array([whole[layer] for layer in row["layers"]])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from modprune._inputs import ONCE, call, device_of, split_batch, to_device
@@ -22,6 +23,11 @@ BATCHES = 20
 def cut(model: nn.Module, remove: Sequence[str], example_inputs: Any) -> nn.Module:
     """A copy of `model` without these blocks."""
     return PruningPlan(tuple(remove)).apply(copy.deepcopy(model), example_inputs)
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether there is a batch norm whose statistics can be measured anew."""
+    return any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
 
 
 def recover(pruned: nn.Module, loader: Iterable[Any], teacher: nn.Module, epochs: int, lr: float) -> None:

@@ -16,7 +16,7 @@ from modprune.evaluate import evaluate
 from modprune.samples import drawn
 from modprune.studies.layers import layers_of
 from modprune.studies.plateaus import by_gain
-from modprune.studies.recovery import cut, recover
+from modprune.studies.recovery import cut, has_statistics, recover
 from modprune.studies.study import Parts, Study, looks, panels, style
 
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ def redundancy(
     def measured(remove: list[str]) -> dict[str, Any]:
         pruned = cut(model, remove, example)
         states = {STAGES[0]: state(pruned)}
-        recover(pruned, train_loader, model, 0, lr)
-        states[STAGES[1]] = state(pruned)
+        if has_statistics(pruned):
+            recover(pruned, train_loader, model, 0, lr)
+            states[STAGES[1]] = state(pruned)
         if epochs:
             recover(pruned, train_loader, model, epochs, lr)
             states[STAGES[2]] = state(pruned)

@@ -90,6 +90,9 @@ class PruningPlan:
             isinstance(name, str) and name and all(type(c) is int for c in channels) for name, channels in width
         ):
             raise ValueError(f"a plan's 'width' pairs names of layers with channels, not {self.width!r:.60}")
+        for names in ([name for name, _ in width], *(channels for _, channels in width)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"a plan's 'width' names every layer once, and every channel of it, not {width!r:.60}")
         object.__setattr__(self, "width", width)
 
     def to_json(self, path: str | Path | None = None) -> str:

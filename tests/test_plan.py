@@ -19,8 +19,8 @@ numbers = st.dictionaries(st.text(max_size=8), st.floats(allow_nan=False, allow_
 
 kinds = st.sampled_from(["identity", "transition", "plain", None])
 forms = st.none() | st.lists(st.integers(-1, 99), max_size=3).map(tuple)
-channels = st.lists(st.integers(), max_size=3).map(tuple)
-widths = st.lists(st.tuples(st.text(min_size=1, max_size=9), channels), max_size=3)
+channels = st.lists(st.integers(), unique=True, max_size=3).map(tuple)
+widths = st.lists(st.tuples(st.text(min_size=1, max_size=9), channels), unique_by=lambda cut: cut[0], max_size=3)
 
 
 @settings(max_examples=80, deadline=None)
@@ -91,6 +91,8 @@ def test_files(tmp_path):
     [
         ('{"remove": ["a"], "format": 2}', "format 2; this modprune reads up to 1"),
         ('{"remove": ["a", "a"]}', "every block once"),
+        ('{"remove": [], "width": [["a", [1]], ["a", [2]]]}', "every layer once"),
+        ('{"remove": [], "width": [["a", [1, 1]]]}', r"every channel of it, not .*\(1, 1\)"),
         ('{"remove": ["a"], "scores": {"a": 1' + "0" * 400 + "}}", "finite numbers"),
         ('{"remove": "ab"}', "tuple of strings"),
         ('{"remove": ["a"], "kinds": ["wide"]}', "identity, transition"),

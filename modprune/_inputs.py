@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -43,6 +44,17 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def first_line(error: Exception) -> str:
     """An error's message, cut to its first line; its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, 3.0 among them."""
+    return isinstance(value, Real) and float(value).is_integer()
+
+
+def check_loader(loader: object) -> None:
+    """Raises ValueError unless there may be batches in it."""
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise ValueError(f"a loader of type {type(loader).__name__}: give batches, as a list or a DataLoader")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -120,6 +132,7 @@ def first_sample(loader: Iterable[Any]) -> Any:
     Raises:
         ValueError: if it gives no batch with a sample.
     """
+    check_loader(loader)
     for batch in loader:
         inputs = split_batch(batch)[0]
         if batch_size(inputs):

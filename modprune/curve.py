@@ -19,7 +19,7 @@ from modprune._state import evaluating, state_kept
 from modprune.blocks import Blocks, find_blocks
 from modprune.features import GIB, LayerGrams
 from modprune.graph import WHOLE, check_k, check_labels, feature_graph_from_gram, graph_modularity
-from modprune.samples import Sample, draw_samples, labels_of
+from modprune.samples import Sample, counted, draw_samples, labels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,6 +130,7 @@ def modularity_curve(
 
     Source: Lu et al. (ECCV 2022), section 3; its defaults are k = 3, N = 500, five repeats.
     """
+    samples, repeats = counted(samples, repeats)
     check_k(k, samples)
     if samples > WHOLE:
         raise ValueError(f"samples={samples}: at most {WHOLE} a repeat; use more repeats")
@@ -142,6 +143,8 @@ def modularity_curve(
             layers = (places[0], *blocks.names)
         else:
             places = tuple(layers)
+            if not places:
+                raise ValueError("layers is empty: name at least one sub-module, or leave it out for stem and blocks")
         grams = LayerGrams(model, places, budget)
         q = [q_of(grams, sample, k) for sample in draw_samples(loader, samples, repeats)]
     return ModularityCurve(tuple(layers), np.array(q))

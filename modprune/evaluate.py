@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modprune._inputs import ONCE, call, check_range, device_of, first_tensor, laid_out, opened, split_batch, to_device
+from modprune._inputs import (
+    ONCE,
+    call,
+    check_loader,
+    check_range,
+    device_of,
+    first_tensor,
+    laid_out,
+    opened,
+    split_batch,
+    to_device,
+)
 from modprune._state import evaluating
 
 
@@ -39,6 +50,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
         RuntimeError: for logits that are NaN or infinite; -inf, as models mask with, passes for every class but the
             label.
     """
+    check_loader(loader)
     samples = 0
     totals = torch.zeros(3, dtype=torch.float64)
     layout = torch.channels_last if device_of(model).type == "cpu" else torch.preserve_format

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modprune._inputs import is_whole
+
 # Up to this many samples with features this long, the whole matrix of similarities is held (256 MiB): its symmetry
 # saves half of the products. Otherwise rows are worked off in blocks that stay in the cache between the steps.
 WHOLE, LONG = 8192, 1024
@@ -125,8 +127,8 @@ def graph_modularity(graph: FeatureGraph, labels: Tensor) -> float:
 
 def check_k(k: int, samples: int) -> int:
     """`k`, as Python's own integer; raises ValueError unless 1 <= k < samples."""
-    if not 1 <= k < samples or k != int(k):
-        raise ValueError(f"k={k} with {samples} samples: k is an integer, at least 1 and below the number of samples")
+    if not is_whole(k) or not 1 <= k < samples:
+        raise ValueError(f"k={k!r} with {samples} samples: k is an integer, at least 1 and below the number of samples")
     return int(k)
 
 

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modprune._inputs import ONCE, batch_size, first_sample, first_tensor, join, split_batch, take
+from modprune._inputs import (
+    ONCE,
+    batch_size,
+    check_loader,
+    first_sample,
+    first_tensor,
+    is_whole,
+    join,
+    split_batch,
+    take,
+)
 from modprune._processes import everyones, place
 from modprune._random import undisturbed
 
@@ -27,9 +37,8 @@ def draw_samples(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[
     Raises:
         ValueError: if the loader holds fewer than `samples`, or gives no labels; for less than one of either.
     """
-    for name, value in (("samples", samples), ("repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is needed")
+    check_loader(loader)
+    samples, repeats = counted(samples, repeats)
     rank, processes = place()
     if processes == 1:
         return _draw_here(loader, samples, repeats)
@@ -41,6 +50,14 @@ def draw_samples(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[
         return _draw_here(loader, samples // processes + (rank < samples % processes), repeats)
     share = slice(rank * samples // processes, (rank + 1) * samples // processes)
     return (_part(sample, share) for sample in _draw_here(loader, samples, repeats))
+
+
+def counted(samples: int, repeats: int) -> tuple[int, int]:
+    """Both, as Python's own integers; raises ValueError unless they are whole numbers of at least 1."""
+    for name, value in (("samples", samples), ("repeats", repeats)):
+        if not is_whole(value) or value < 1:
+            raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
+    return int(samples), int(repeats)
 
 
 def drawn(loader: Iterable[Any], samples: int, repeats: int) -> list[Sample]:

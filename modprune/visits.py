@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from modprune._hooks import comparing, listening
-from modprune._inputs import ONCE, batch_size, call, device_of, first_tensor, laid_out, split_batch, take, to_device
+from modprune._inputs import (
+    ONCE,
+    batch_size,
+    call,
+    check_loader,
+    device_of,
+    first_tensor,
+    laid_out,
+    split_batch,
+    take,
+    to_device,
+)
 from modprune._processes import everyones
 from modprune._random import undisturbed
 from modprune._state import evaluating, state_kept
@@ -85,6 +96,7 @@ def pairs(
         samples: how many, at least; fewer where the loader has no more.
         measure: of two tensors, most often with one row a sample, and how many samples these are.
     """
+    check_loader(loader)
     values: list[list[float]] = []
     row: dict[str, float] = {}
     seen = size = 0

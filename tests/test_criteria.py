@@ -488,7 +488,7 @@ def test_a_criterion_that_leaves_a_block_out_or_gives_something_else_is_named():
             Consensus(("random", wrong))(model, blocks, LABELLED)
         with pytest.raises(ValueError, match=f"{wrong.__name__} {problem}"):
             ModularityPruner(model, torch.zeros(1, 3, 8, 8), LABELLED, wrong, blocks=1).plan()
-    with pytest.raises(ValueError, match="repeats=0: at least 1 is needed"):
+    with pytest.raises(ValueError, match="repeats=0: a whole number of at least 1 is needed"):
         Ablation(repeats=0)(model, blocks, LABELLED)
 
 

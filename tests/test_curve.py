@@ -148,6 +148,19 @@ def test_inputs_of_several_sizes_are_named(sizes):
         modularity_curve(network(), batches, samples=60, repeats=1)
 
 
+def test_whole_numbers_may_be_floats():
+    model, wanted = network(), {"samples": 30.0, "repeats": 2.0, "k": 3.0}
+    assert np.array_equal(
+        modularity_curve(model, loader(60), **wanted).q, modularity_curve(model, loader(60), 3, 30, 2).q
+    )
+
+
+def test_what_gives_no_batches_is_named():
+    for example in (None, torch.zeros(1, 3, 8, 8)):
+        with pytest.raises(ValueError, match="a loader of type int: give batches, as a list or a DataLoader"):
+            modularity_curve(network(), 5, example_inputs=example)
+
+
 def test_a_loader_that_is_spent_is_named():
     with pytest.raises(ValueError, match="read only once"):
         modularity_curve(network(), (batch for batch in loader(60)), samples=60, repeats=1)
@@ -175,6 +188,10 @@ def test_the_model_is_left_as_found():
         ({"samples": 4, "k": 1}, "4 samples of as many classes"),
         ({"samples": 9000}, "at most 8192"),
         ({"repeats": 0}, "repeats=0"),
+        ({"repeats": 1.5}, r"repeats=1\.5: a whole number of at least 1 is needed"),
+        ({"samples": "20"}, "samples='20': a whole number of at least 1 is needed"),
+        ({"samples": torch.nan}, "samples=nan: a whole number"),
+        ({"layers": []}, "layers is empty: name at least one sub-module"),
     ],
 )
 def test_errors_name_what_is_wrong(arguments, message):

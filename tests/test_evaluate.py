@@ -48,6 +48,7 @@ def test_labels_are_integers_of_any_width_and_empty_batches_count_nothing(dtype)
         ),
         ([], ValueError, "no batch"),
         ([torch.zeros(2, 3)], ValueError, "need logits"),
+        (5, ValueError, "a loader of type int: give batches, as a list or a DataLoader"),
     ],
 )
 def test_errors(batches, error, message):

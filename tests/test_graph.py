@@ -133,6 +133,8 @@ def test_row_blocks_gram_layouts_and_types_agree(monkeypatch):
         (torch.ones(4, 2), torch.zeros(4).long(), 4, "k=4 with 4 samples"),
         (torch.ones(4, 2), torch.zeros(4).long(), 0, "k=0"),
         (torch.ones(4, 2), torch.zeros(4).long(), 2.5, "k=2.5 with 4 samples: k is an integer"),
+        (torch.ones(4, 2), torch.zeros(4).long(), "3", "k='3' with 4 samples: k is an integer"),
+        (torch.ones(4, 2), torch.zeros(4).long(), None, "k=None with 4 samples: k is an integer"),
         (np.ones((4, 2)), torch.zeros(4).long(), 1, "features in a ndarray: a tensor is needed"),
         (None, torch.zeros(4).long(), 1, "features in a NoneType: a tensor is needed"),
         (torch.ones(()), torch.zeros(4).long(), 1, r"features of shape \(\) and type"),

@@ -24,16 +24,16 @@ def plot_curve(curve: ModularityCurve, ax: Axes | None = None, removed: Sequence
         from matplotlib.figure import Figure  # no pyplot: no window, no state of the user's is touched
 
         ax = Figure(figsize=(max(6.0, 0.28 * len(curve.layers)), 4.2), layout="constrained").add_subplot()
-    x = range(len(curve.layers))
+    n, x = len(curve.q), range(len(curve.layers))
     for names, colour, hatch, label in (
         (curve.plateaus(), GREY, None, "plateau"),
         (curve.degradations(), RED, "////", "degradation"),  # hatched, to be told apart in print
     ):
-        for n, name in enumerate(names):
-            end = curve.layers.index(name)
-            ax.axvspan(end - 1, end, color=colour, alpha=0.22, lw=0, hatch=hatch, label=label if n == 0 else None)
+        for name in names:
+            end, first = curve.layers.index(name), name == names[0]
+            ax.axvspan(end - 1, end, color=colour, alpha=0.22, lw=0, hatch=hatch, label=label if first else None)
     ax.fill_between(x, curve.mean - curve.std, curve.mean + curve.std, color=BLUE, alpha=0.2, lw=0)
-    ax.plot(x, curve.mean, "o-", color=BLUE, ms=4, label=f"Q, mean and spread of {len(curve.q)}")
+    ax.plot(x, curve.mean, "o-", color=BLUE, ms=4, label=f"Q, mean and spread of {n}" if n > 1 else "Q")
     gone = [i for i, layer in enumerate(curve.layers) if layer in set(removed)]
     if gone:
         ax.plot(gone, curve.mean[gone], "x", color="black", ms=9, mew=2, label="removed", zorder=3)

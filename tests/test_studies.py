@@ -30,6 +30,7 @@ from modprune.studies.ablation import draw as draw_ablation
 from modprune.studies.ablation import tell as tell_ablation
 from modprune.studies.adversarial import ATTACKS
 from modprune.studies.curves import draw as draw_curves
+from modprune.studies.curves import tell as tell_curves
 from modprune.studies.layers import layers_of
 from modprune.studies.plateaus import draw as draw_plateaus
 from modprune.studies.recovery import recover
@@ -348,13 +349,20 @@ def test_resumed_cuts_are_measured_on_the_same_images(network):
     assert cuts(resumed) == expected
 
 
+def test_one_of_a_thing_is_told_as_one():
+    row = {"network": "a", "layers": ["x", "y"], "q": [[0.1, 0.2]], "plateaus": [], "degradations": ["y"]}
+    text = tell_curves({"k": 3, "samples": 50, "networks": [row]})
+    assert "mean and spread over 1 draw." in text
+    assert text.endswith("0 plateaus and 1 degradation in 1 step.")
+
+
 def test_what_a_paragraph_says_was_measured(network):
     cell = studies.ablation(network, calibration(), ks=(3,), sizes=(50,)).text
     assert "nan" not in cell
     assert "Spearman" not in cell
     recorder = CurveRecorder(network, calibration(), samples=50)
     recorder(1)
-    with pytest.raises(ValueError, match="1 epochs recorded: a study of their course needs at least 2"):
+    with pytest.raises(ValueError, match="1 epoch recorded: a study of their course needs at least 2"):
         recorder.study()
     recorder(2)
     assert "after epochs 1 to 2" in recorder.study().text

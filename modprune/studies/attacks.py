@@ -18,7 +18,7 @@ from modprune.features import LayerGrams
 from modprune.samples import Sample
 from modprune.studies.adversarial import ATTACKS
 from modprune.studies.layers import layers_of
-from modprune.studies.study import Parts, Study, looks, panels, style
+from modprune.studies.study import Parts, Study, looks, panels, plural, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,7 +110,9 @@ def _correct(
             images, labels = (torch.cat(parts)[:samples] for parts in zip(*kept, strict=True))
             return images, labels
     found = sum(len(y) for _, y in kept)
-    raise ValueError(f"the network gets {found} images right, {samples} are asked for: ask for {found} at most")
+    raise ValueError(
+        f"the network gets {plural(found, 'image')} right, {samples} are asked for: ask for {found} at most"
+    )
 
 
 def draw(numbers: Mapping[str, Any]) -> Figure:
@@ -142,11 +144,13 @@ def tell(numbers: Mapping[str, Any]) -> str:
         if row["fooled"] == 0:
             lines.append(f"{row['attack']}: changes the answer to no image, so there is nothing to compare.")
         elif "q" not in row:
-            lines.append(f"{row['attack']}: changes the answer to {row['fooled']} images, too few for a graph.")
+            lines.append(
+                f"{row['attack']}: changes the answer to {plural(row['fooled'], 'image')}, too few for a graph."
+            )
         else:
             change = np.subtract(row["q"], row["clean"])
             lines.append(
-                f"{row['attack']}: {row['fooled']} images turned wrong, mean distance {row['distance']:.2f}; Q of the "
-                f"first point {change[0]:+.3f}, of the last {change[-1]:+.3f}."
+                f"{row['attack']}: {plural(row['fooled'], 'image')} turned wrong, mean distance {row['distance']:.2f}; "
+                f"Q of the first point {change[0]:+.3f}, of the last {change[-1]:+.3f}."
             )
     return " ".join(lines)

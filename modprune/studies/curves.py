@@ -13,7 +13,7 @@ from modprune._inputs import first_sample
 from modprune.curve import ModularityCurve, modularity_curve
 from modprune.picture import plot_curve
 from modprune.studies.layers import layers_of
-from modprune.studies.study import Parts, Study, panels, style
+from modprune.studies.study import Parts, Study, panels, plural, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,14 +77,14 @@ def tell(numbers: Mapping[str, Any]) -> str:
     """What was measured, in words."""
     lines = [
         f"Modularity Q of the {numbers['k']}-nearest-neighbour graph of {numbers['samples']} images at every point, "
-        f"mean and spread over {len(numbers['networks'][0]['q'])} draws."
+        f"mean and spread over {plural(len(numbers['networks'][0]['q']), 'draw')}."
     ]
     for row in numbers["networks"]:
         q = np.mean(row["q"], 0)
         top = int(q.argmax())
         lines.append(
             f"{row['network']}: from {q[0]:.3f} to {q[-1]:.3f} over {len(q)} points, highest at {row['layers'][top]} "
-            f"({q[top]:.3f}); {len(row['plateaus'])} of {len(q) - 1} steps are plateaus, "
-            f"{len(row['degradations'])} are degradations."
+            f"({q[top]:.3f}); {plural(len(row['plateaus']), 'plateau')} and "
+            f"{plural(len(row['degradations']), 'degradation')} in {plural(len(q) - 1, 'step')}."
         )
     return " ".join(lines)

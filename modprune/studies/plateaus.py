@@ -15,7 +15,7 @@ from modprune.curve import ModularityCurve, modularity_curve
 from modprune.samples import drawn
 from modprune.studies.layers import layers_of
 from modprune.studies.recovery import cut, has_statistics, recover
-from modprune.studies.study import Parts, Study, looks, panels, rank_correlation, style
+from modprune.studies.study import Parts, Study, looks, panels, plural, rank_correlation, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +92,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
         figure, (ax,) = panels(1, 1, 3.0)
         rows = [{"cut": 0, "layers": numbers["layers"], "q": numbers["q"]}, *numbers["cuts"]]
         for row, (ink, marker) in zip(rows, looks(len(rows)), strict=True):
-            label = f"{row['cut']} {'block' if row['cut'] == 1 else 'blocks'} fewer" if row["cut"] else "whole"
+            label = f"{plural(row['cut'], 'block')} fewer" if row["cut"] else "whole"
             x = [place[layer] for layer in row["layers"]]
             ax.plot(x, np.mean(row["q"], 0), marker=marker, ms=4, lw=1, color=ink, label=label)
         ax.set_xlabel("points of the whole network after the stem")
@@ -105,7 +105,7 @@ def tell(numbers: Mapping[str, Any]) -> str:
     """What was measured, in words."""
     epochs = numbers["epochs"]
     renewed = "after measuring batch-norm statistics anew" if numbers["batch_norm"] else "at once"
-    after = f"after {epochs} epochs of fine-tuning" if epochs else renewed
+    after = f"after {plural(epochs, 'epoch')} of fine-tuning" if epochs else renewed
     lines = [f"Blocks with the least gain removed, and the curve measured again {after}."]
     whole = dict(zip(numbers["layers"], np.mean(numbers["q"], 0), strict=True))
     for row in numbers["cuts"]:

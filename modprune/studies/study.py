@@ -89,6 +89,15 @@ def looks(count: int) -> list[tuple[str, str]]:
     return [(INKS[i % len(INKS)], MARKERS[i % len(MARKERS)]) for i in range(count)]
 
 
+def plural(count: int, word: str) -> str:
+    """A number of things.
+
+    >>> plural(1, "draw"), plural(2, "draw")
+    ('1 draw', '2 draws')
+    """
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
 def extra(module: str) -> Any:
     """A module of the extra `studies`.
 

@@ -15,7 +15,7 @@ from modprune.features import LayerGrams
 from modprune.finetune import Epoch, finetune
 from modprune.samples import drawn
 from modprune.studies.layers import layers_of
-from modprune.studies.study import INKS, Parts, Study, looks, panels, style
+from modprune.studies.study import INKS, Parts, Study, looks, panels, plural, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ class CurveRecorder:
             ValueError: for fewer than two epochs.
         """
         if len(self.rows) < 2:
-            raise ValueError(f"{len(self.rows)} epochs recorded: a study of their course needs at least 2")
+            raise ValueError(f"{plural(len(self.rows), 'epoch')} recorded: a study of their course needs at least 2")
         numbers = {"k": self.k, "layers": list(self.layers), "epochs": self.rows}
         return Study("training", numbers, draw(numbers), tell(numbers))
 
@@ -143,7 +143,7 @@ def tell(numbers: Mapping[str, Any]) -> str:
     layers, rows = numbers["layers"], numbers["epochs"]
     q = np.array([row["q"] for row in rows])
     first, last = rows[0]["epoch"], rows[-1]["epoch"]
-    when = f"after epochs {first} to {last}" if first else f"before training and after each of {last} epochs"
+    when = f"after epochs {first} to {last}" if first else f"before training and after each of {plural(last, 'epoch')}"
     text = (
         f"Q at {len(layers)} points {when}, k = {numbers['k']}. "
         f"First point {q[0, 0]:.3f} to {q[-1, 0]:.3f}, last point {q[0, -1]:.3f} to {q[-1, -1]:.3f}"

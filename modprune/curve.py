@@ -82,6 +82,7 @@ class ModularityCurve:
             "mean": self.mean.tolist(),
             "std": self.std.tolist(),
             "gain": self.gain.tolist(),
+            "noise": self.noise.tolist(),
             "plateaus": list(self.plateaus()),
             "degradations": list(self.degradations()),
         }

@@ -264,6 +264,7 @@ def test_plateaus_and_degradations_are_gains_within_and_below_the_noise():
     data = json.loads(curve.to_json())
     assert data["layers"] == list("abcdef")
     assert np.array(data["q"]) == pytest.approx(q)
+    assert data["noise"] == curve.noise.tolist()
 
 
 def test_q_rises_along_the_public_resnet20(cifar10_dir, checkpoint):

@@ -365,7 +365,9 @@ def test_what_a_paragraph_says_was_measured(network):
     with pytest.raises(ValueError, match="1 epoch recorded: a study of their course needs at least 2"):
         recorder.study()
     recorder(2)
-    assert "after epochs 1 to 2" in recorder.study().text
+    study = recorder.study()
+    assert "after epochs 1 to 2" in study.text
+    assert all(float(tick).is_integer() for ax in study.figure.axes for tick in ax.get_xticks())
 
 
 def test_a_layer_without_edges_is_drawn(network):

@@ -135,6 +135,7 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
         axes[1].set_ylabel("Top-1, %")
         for ax in axes:
             ax.set_xlabel("epoch")
+            ax.locator_params(axis="x", integer=True, min_n_ticks=1)  # nothing is measured between epochs
     return figure
 
 

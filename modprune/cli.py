@@ -238,6 +238,8 @@ def evaluate(
     device: Device = "auto", json_: Json = None,
 ) -> None:  # fmt: skip
     """Top-1, Top-5 and loss of a saved model, or of an unpruned one with its weights, on the test images."""
+    if model.suffix == ".json":
+        raise typer.BadParameter(f"--model {model}: JSON, as a plan is, holds no weights; give the .safetensors file")
     test = load_data(data, data_dir, train=False)
     if is_plain(model):
         if network is None:

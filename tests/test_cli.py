@@ -136,6 +136,11 @@ def test_small_scores_are_told_apart(weights, monkeypatch):
             "modprune: none.safetensors: no such file",
         ),
         (["evaluate", "--model", __file__, "--data", "digits"], 2, "plain weights; say with --network of which"),
+        (
+            ["evaluate", "--model", "plan.json", "--data", "digits"],
+            2,
+            "plan.json: JSON, as a plan is, holds no weights; give",
+        ),
         (["evaluate", "--model", "m", "--network", "foo"], 2, "'foo' is unknown: give one of resnet20"),
         (["evaluate", "--model", "m", "--data", "digits", "--network", "vgg11_bn"], 1, "modprune: m: no such file"),
         (["curve", "--model", "resnet20", "--weights", "w", "--device", "meta"], 2, "--device meta: "),

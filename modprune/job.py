@@ -120,7 +120,10 @@ def prune_job(
         report = _compared(model, pruned, test)
         if first:
             save(pruned, out / "model.safetensors")
-            _write_report(report, plan, out)
+            sizes = f"training images: {len(train):,}, test images: {len(test):,}"
+            epochs = recipe.epochs if recipe else 0
+            run = f"Network: {type(model).__name__}, {sizes}, epochs of fine-tuning: {epochs}."
+            _write_report(report, plan, out, run)
             _describe(out, arguments, device, finished=True)
             _drop_checkpoints(out)
         everyones(None)  # nobody goes on before the files are there
@@ -211,10 +214,11 @@ def _compared(model: nn.Module, pruned: nn.Module, test: ImageData) -> Report:
     return compare(model, pruned, example, ImageLoader(test, 100, device=device))
 
 
-def _write_report(report: Report, plan: PruningPlan, out: Path) -> None:
+def _write_report(report: Report, plan: PruningPlan, out: Path, run: str) -> None:
     report.to_json(out / "report.json")
     picture = "\n![curve](curve.png)\n" if (out / "curve.png").exists() else ""
-    write_text(out / "report.md", f"# Pruned by {plan.criterion}\n\n{report.to_markdown()}\n{_story(plan)}{picture}")
+    head = f"# Pruned by {plan.criterion}\n\n{run}"
+    write_text(out / "report.md", f"{head}\n\n{report.to_markdown()}\n{_story(plan)}{picture}")
 
 
 def _begun(out: Path) -> PruningPlan | None:

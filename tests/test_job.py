@@ -41,7 +41,9 @@ def test_the_original_stays_and_test_images_choose_nothing(tmp_path):
     for file in ("plan.json", "curve.json", "model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     cut = sum(len(channels) for _, channels in PruningPlan.from_json(tmp_path / "a" / "plan.json").width)
-    assert f"Channels cut by torch-pruning: {cut} of " in (tmp_path / "a" / "report.md").read_text()
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert f"Channels cut by torch-pruning: {cut} of " in text
+    assert "Network: CifarResNet, training images: 300, test images: 100, epochs of fine-tuning: 1.\n" in text
 
 
 def test_a_run_into_the_folder_of_another_never_ends_with_its_results(tmp_path, monkeypatch):

@@ -51,7 +51,9 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) 
     narrow(trial, plan.width, example_inputs)  # what can fail fails on the trial
     problem = problem_with(trial, {}, example_inputs, before, count - 1)
     if problem:
-        raise RuntimeError(f"cutting channels failed: {problem}; the model is as it was")
+        layers = ", ".join(name for name, _ in plan.width)
+        which = "cut only channels that no shortcut and no output carries"
+        raise RuntimeError(f"cutting channels of {layers:.60} failed: {problem}; the model is as it was: {which}")
     done = removed_blocks(trial)  # proven there: nothing has to be found or proven again
     known = dict(zip(done.remove, zip(done.kinds, done.outputs, strict=True), strict=True))
     kinds, outputs = [known[n][0] for n in plan.remove], [known[n][1] for n in plan.remove]

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from accelerate.utils import load
 from safetensors import safe_open
 from torch import Tensor
 
@@ -51,12 +52,16 @@ def load_newest(accelerator: Any, folder: Path) -> tuple[int, int]:
     """Bring the newest state in `folder` back and return its epoch and step; zeros where there is none yet.
 
     Raises:
-        ValueError: if it is damaged or of another network.
+        ValueError: if it is damaged, with the model as it was, or of another network.
     """
     found = states(folder)
     if not found:
         return 0, 0
+    own = [f"random_states_{rank}.pkl" for rank in range(accelerator.num_processes)]
     try:
+        # Read first: accelerate loads the weights before it comes to these, and passes over damaged random states.
+        for name in ("optimizer.bin", "custom_checkpoint_0.pkl", *own):
+            load(found[-1] / name, map_location="cpu")
         accelerator.load_state(str(found[-1]))
     except Exception as error:  # as above
         raise ValueError(f"{found[-1]}: cannot be loaded ({first_line(error)}): start in a new folder") from error

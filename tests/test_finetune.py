@@ -174,11 +174,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
 
 def test_a_damaged_state_is_named(tmp_path):
     finetune(network(), loader(), epochs=1, checkpoints=tmp_path, progress=False)
-    for name in ("model.safetensors", "custom_checkpoint_1.pkl"):
-        file = tmp_path / "epoch-0001" / name
-        file.write_bytes(file.read_bytes()[:100])
-        with pytest.raises(ValueError, match=rf"{tmp_path}/epoch-0001: cannot be .*: start in a new folder"):
-            finetune(network(), loader(), epochs=2, checkpoints=tmp_path, resume=True, progress=False)
+    for file in sorted((tmp_path / "epoch-0001").iterdir()):
+        whole = file.read_bytes()
+        for damaged in (whole[:100], bytes(len(whole)), None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            model = network()
+            with pytest.raises(ValueError, match=rf"{tmp_path}/epoch-0001: cannot be .*: start in a new folder"):
+                finetune(model, loader(), epochs=2, checkpoints=tmp_path, resume=True, progress=False)
+            assert same(model, network())
+        file.write_bytes(whole)
+    file = tmp_path / "epoch-0001" / "model.safetensors"
     for resume in (False, True):
         with pytest.raises(OSError, match=r"model.safetensors: cannot be written .*; give a folder that can"):
             finetune(network(), None, epochs=2, checkpoints=file.parent / "model.safetensors", resume=resume)

@@ -23,10 +23,12 @@ Teacher = Callable[[Any], Tensor]
 def distillation_loss(logits: Tensor, labels: Tensor | None, soft: Tensor | None, weight: float, t: float) -> Tensor:
     """`(1 - weight) * CE + weight * t^2 * KL(teacher || student)` at temperature `t` (Hinton et al. 2015, section 2).
 
+    Both terms are means over all that is classified: images, or the pixels of images.
+
     Args:
-        logits: (B, classes) of the student.
-        labels: (B,) int64; may be None where `weight` is 1.
-        soft: (B, classes) logits of the teacher, or None for plain cross-entropy.
+        logits: (B, classes) or (B, classes, ...) of the student.
+        labels: (B,) or (B, ...) int64; may be None where `weight` is 1.
+        soft: logits of the teacher, of the shape of the student's, or None for plain cross-entropy.
         weight: of the teacher's term.
         t: temperature of both.
     """
@@ -38,7 +40,7 @@ def distillation_loss(logits: Tensor, labels: Tensor | None, soft: Tensor | None
             "both have to know the same classes"
         )
     target, log_student = F.log_softmax(soft.float() / t, 1), F.log_softmax(logits / t, 1)
-    kl = F.kl_div(log_student, target, reduction="batchmean", log_target=True) * t * t
+    kl = F.kl_div(log_student, target, reduction="sum", log_target=True) / (logits.numel() // logits.shape[1]) * t * t
     return kl if weight == 1 else weight * kl + (1 - weight) * _cross_entropy(logits, labels)
 
 
@@ -76,6 +78,11 @@ class CachedTeacher:
         if new.any():
             with torch.no_grad(), evaluating(self.model):
                 logits = logits_of(self.model(images[new])).float()
+            if logits.ndim != 2:  # of pixels, which every crop and flip puts elsewhere, a mean says nothing
+                raise ValueError(
+                    f"a CachedTeacher remembers logits (B, classes) of whole images, and its model gives shape "
+                    f"{tuple(logits.shape)}: give the module itself as teacher"
+                )
             if self._total is None:
                 self._total = logits.new_zeros(len(self._seen), logits.shape[1])
             self._total[index[new]] += logits

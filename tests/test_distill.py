@@ -25,11 +25,21 @@ def test_the_loss_by_hand():
     assert distillation_loss(teacher, None, teacher, 1.0, 2.0).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_a_pixel_weighs_what_an_image_does():
+    student, teacher, labels = torch.randn(5, 3, 4, 2), torch.randn(5, 3, 4, 2), torch.randint(3, (5, 4, 2))
+    rows = [logits.movedim(1, -1).flatten(0, -2) for logits in (student, teacher)]
+    expected = distillation_loss(rows[0], labels.flatten(), rows[1], 0.7, 2.0)
+    assert distillation_loss(student, labels, teacher, 0.7, 2.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_what_nothing_can_be_learnt_from_is_named():
     with pytest.raises(ValueError, match=r"the batches hold no labels: give .* or a teacher and distill=1"):
         distillation_loss(torch.randn(5, 3), None, None, 0.7, 2.0)
     with pytest.raises(ValueError, match="the model returned str, which holds no tensor to take as logits"):
         logits_of("cat")
+    batch = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4).long(), torch.arange(2)
+    with pytest.raises(ValueError, match=r"a CachedTeacher .* \(B, classes\) .* shape \(2, 5, 4, 4\): give the module"):
+        CachedTeacher(torch.nn.Conv2d(3, 5, 1), 10)(batch)
 
 
 def test_a_cached_teacher_answers_the_mean_of_what_it_has_said():

@@ -26,10 +26,10 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
     Args:
         model: the bare module, the one that surgery changes in place.
         optimizers: over parameters of the model; changed in place, and so are those that they wrap. Not LBFGS, which
-            keeps a list of its own.
+            keeps a list of its own, nor ZeroRedundancyOptimizer, of which each process has a part.
 
     Raises:
-        ValueError: before the surgery for LBFGS, after it if an optimizer is left without any parameter.
+        ValueError: before the surgery for one of these two, after it if an optimizer is left without any parameter.
 
     >>> import torch
     >>> from modprune import PruningPlan
@@ -44,6 +44,12 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
     everyone = _with_inner(optimizers)
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in everyone):
         raise ValueError("LBFGS cannot be carried over, its history is of all parameters together: make a new one")
+    # By its name: to import it takes a while, and is not possible everywhere.
+    if any(base.__name__ == "ZeroRedundancyOptimizer" for optimizer in everyone for base in type(optimizer).__mro__):
+        raise ValueError(
+            "ZeroRedundancyOptimizer cannot be carried over, it has dealt the parameters out to the processes: make a "
+            "new one"
+        )
     names = {parameter: name for name, parameter in model.named_parameters()}
     try:
         yield

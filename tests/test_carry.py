@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from timm.optim import Lookahead
 from torch import nn
 
@@ -65,6 +66,20 @@ def test_an_optimizer_with_a_list_of_its_own_is_refused_before_the_surgery():
         carry_over(model, torch.optim.LBFGS(model.parameters())),
     ):
         PruningPlan(("layer1.0",)).apply(model)
+    assert type(model.layer1[0]).__name__ == "BasicBlock"
+
+
+def test_an_optimizer_dealt_out_to_processes_is_refused_before_the_surgery():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = resnet20()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        with pytest.raises(ValueError, match="has dealt the parameters out"), carry_over(model, optimizer):
+            PruningPlan(("layer1.0",)).apply(model)
+    finally:
+        dist.destroy_process_group()
     assert type(model.layer1[0]).__name__ == "BasicBlock"
 
 

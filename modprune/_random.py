@@ -21,14 +21,14 @@ def undisturbed(loader: object) -> Iterator[None]:
     """A loader may be read inside the block; its owner then goes on as if it had not been, amid an epoch too.
 
     Put back are all random generators, what an `ImageLoader`, or accelerate's loaders and samplers, count passes by and
-    whether accelerate is in one, and the pass of a DataLoader whose workers persist: it has only one at a time, and a
-    new one would take the workers of the old one away.
+    whether accelerate is in one, and the pass of a DataLoader whose workers persist, or that it has none yet: it has
+    only one at a time, a new one would take the workers of the old one away, and later ones its own.
     """
     counts = [(part, {n: v for n, v in vars(part).items() if n in COUNTS}) for part in _parts(loader)]
     passes = GradientState().dataloader_references
     state, under_way = random_state(None), getattr(loader, "_iterator", None)
     own = [(generator, generator.get_state()) for generator in _generators(loader)]  # accelerate's gets one in a pass
-    if under_way is not None:
+    if persists := hasattr(loader, "_iterator"):
         loader._iterator = None  # type: ignore[attr-defined]
     try:
         yield
@@ -39,7 +39,7 @@ def undisturbed(loader: object) -> Iterator[None]:
         for part, found_counts in counts:
             vars(part).update(found_counts)
         GradientState().dataloader_references = passes
-        if under_way is not None:
+        if persists:
             loader._iterator = under_way  # type: ignore[attr-defined]
 
 

@@ -109,26 +109,29 @@ class Drawn(Dataset):
         return LABELLED[0][0][index] + noise, index % 4
 
 
-def epochs(workers, measure=None):
-    """All that a loop is given in two epochs if it calls `measure(loader)` amid the first."""
+def epochs(workers, measure=None, amid=True):
+    """All that a loop is given in two epochs if it calls `measure(loader)` amid the first, or before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     own = torch.Generator().manual_seed(0)
     loader = DataLoader(Drawn(), 16, True, num_workers=workers, persistent_workers=workers > 0, generator=own)
+    if measure and not amid:
+        measure(loader)
     for number in range(2):
         for step, (images, labels) in enumerate(loader):
             yield from (images, labels)
-            if measure and (number, step) == (0, 1):
+            if measure and amid and (number, step) == (0, 1):
                 measure(loader)
 
 
+@pytest.mark.parametrize("amid", [True, False])
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("criterion", [Modularity(samples=32, repeats=1), BlockInfluence(32), Taylor(32)], ids=name_of)
-def test_a_loop_goes_on_as_if_nothing_had_been_measured_amid_it(criterion, workers):
+def test_a_loop_goes_on_as_if_nothing_had_been_measured(criterion, workers, amid):
     model = resnet20()
     blocks = find_blocks(model, X)
-    given, alone = list(epochs(workers, lambda loader: criterion(model, blocks, loader))), list(epochs(workers))
+    given, alone = list(epochs(workers, lambda loader: criterion(model, blocks, loader), amid)), list(epochs(workers))
     assert all(torch.equal(a, b) for a, b in zip(given, alone, strict=True))
 
 

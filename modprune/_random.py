@@ -10,9 +10,11 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from accelerate.state import GradientState
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import DataLoader
 
 T = TypeVar("T")
+KINDS = torch.Generator, np.random.Generator, np.random.RandomState, random.Random
 COUNTS = ("epoch", "iteration", "end_of_dataloader", "remainder")
 
 
@@ -25,22 +27,23 @@ def undisturbed(loader: object) -> Iterator[None]:
     only one at a time, a new one would take the workers of the old one away, and later ones its own.
     """
     counts = [(part, {n: v for n, v in vars(part).items() if n in COUNTS}) for part in _parts(loader)]
+    under_way = [(part, part._iterator) for part in _parts(loader) if isinstance(part, DataLoader)]
     passes = GradientState().dataloader_references
-    state, under_way = random_state(None), getattr(loader, "_iterator", None)
-    own = [(generator, generator.get_state()) for generator in _generators(loader)]  # accelerate's gets one in a pass
-    if persists := hasattr(loader, "_iterator"):
-        loader._iterator = None  # type: ignore[attr-defined]
+    state = random_state(None)
+    own = [(generator, _state(generator)) for generator in _generators(loader)]  # accelerate's gets one in a pass
+    for part, _ in under_way:
+        part._iterator = None
     try:
         yield
     finally:
         set_random_state(state, None)
         for generator, found in own:
-            generator.set_state(found)
+            _set_state(generator, found)
         for part, found_counts in counts:
             vars(part).update(found_counts)
         GradientState().dataloader_references = passes
-        if persists:
-            loader._iterator = under_way  # type: ignore[attr-defined]
+        for part, one in under_way:
+            part._iterator = one
 
 
 def random_state(loader: object) -> dict[str, Any]:
@@ -62,15 +65,18 @@ def is_untouched(state: dict[str, Any]) -> bool:
     return len(before) == len(now) and all(same)
 
 
-def own_state(loader: object) -> list[torch.Tensor]:
+def own_state(loader: object) -> list[Any]:
     """Of the generators that a loader has of its own: accelerate gives it one in several processes."""
-    return [generator.get_state() for generator in _generators(loader)]
+    return [_state(generator) for generator in _generators(loader)]
 
 
-def set_own_state(state: list[torch.Tensor], loader: object) -> None:
-    """Put back what `own_state` gave."""
-    for generator, own in zip(_generators(loader), state, strict=True):
-        generator.set_state(own)
+def set_own_state(state: list[Any], loader: object) -> None:
+    """Put back what `own_state` gave; ValueError if the loader has not as many."""
+    generators = _generators(loader)
+    if len(generators) != len(state):
+        raise ValueError(f"{len(state)} random generators of a loader there, {len(generators)} here: make it as it was")
+    for generator, own in zip(generators, state, strict=True):
+        _set_state(generator, own)
 
 
 def set_random_state(state: dict[str, Any], loader: object) -> None:
@@ -83,17 +89,35 @@ def set_random_state(state: dict[str, Any], loader: object) -> None:
     set_own_state(state["own"], loader)
 
 
-def _generators(loader: object) -> list[torch.Generator]:
-    """Those of a loader and its samplers, each once."""
-    named = (getattr(part, name, None) for part in _parts(loader) for name in ("generator", "synchronized_generator"))
-    return list({id(found): found for found in named if isinstance(found, torch.Generator)}.values())
+def _generators(loader: object) -> list[Any]:
+    """Those that a loader, its samplers and its data have as attributes, under whatever names, each once."""
+    held = {id(value): value for part in _parts(loader) for value in vars(part).values()}
+    return [v for v in held.values() if isinstance(v, KINDS) and not isinstance(v, random.SystemRandom)]
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    state = generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state(False)
+    return tree_map_only(np.ndarray, np.ndarray.tolist, state)
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
 
 
 def _parts(loader: object) -> list[Any]:
-    """A loader and its samplers, those with attributes of their own."""
+    """A loader, the one that it wraps as accelerate does, its samplers and data, those with attributes of their own."""
     parts = [loader]
     for part in parts:
-        inner = [getattr(part, name, None) for name in ("sampler", "batch_sampler")]
+        inner = [getattr(part, name, None) for name in ("base_dataloader", "sampler", "batch_sampler", "dataset")]
         parts += [one for one in inner if one is not None and all(one is not other for other in parts)]
     return [part for part in parts if hasattr(part, "__dict__")]
 

@@ -99,13 +99,18 @@ def test_every_criterion_plans_and_leaves_the_model_as_found(name):
 
 
 class Drawn(Dataset):
-    """Images that Python's, NumPy's and torch's generators have a part in."""
+    """Images that Python's, NumPy's and torch's generators have a part in, and some of its own."""
+
+    def __init__(self):
+        self.own, self.old, self.new = random.Random(0), np.random.RandomState(0), np.random.default_rng(0)
+        self.generator = torch.Generator().manual_seed(0)
 
     def __len__(self):
         return 80
 
     def __getitem__(self, index):
         noise = random.random() + np.random.rand() + torch.rand(()).item()
+        noise += self.own.random() + self.old.rand() + self.new.random() + torch.rand((), generator=self.generator)
         return LABELLED[0][0][index] + noise, index % 4
 
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from modprune.checkpoints import states
 from modprune.data import ImageLoader, digits
@@ -170,6 +170,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
         with pytest.raises(ValueError, match=message):
             finetune(other, loader(size), teacher=CachedTeacher(network(1), len(DATA)), **options, **recipe)
         assert same(other, network(2))
+
+
+class Noisy(Dataset):
+    """Images that a generator of the data set's own has a part in."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+    def __getitem__(self, index: int):
+        return DATA.images[index] / 255 + self.rng.random(dtype=np.float32), DATA.labels[index]
+
+
+def test_what_a_data_set_draws_by_itself_goes_on_in_a_resumed_run(tmp_path):
+    def stop(epoch):
+        if epoch.epoch == 2:
+            raise KeyboardInterrupt
+
+    whole, resumed, run = network(), network(), {"epochs": 2, "progress": False}
+    finetune(whole, DataLoader(Noisy(), 64), **run)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(network(), DataLoader(Noisy(), 64), checkpoints=tmp_path, after_epoch=stop, **run)
+    with pytest.raises(ValueError, match=r"1 random generators of a loader there, 0 here: make it as it was"):
+        finetune(network(), list(DataLoader(Noisy(), 64)), checkpoints=tmp_path, resume=True, **run)
+    finetune(resumed, DataLoader(Noisy(), 64), checkpoints=tmp_path, resume=True, **run)
+    assert same(whole, resumed)
 
 
 def test_a_damaged_state_is_named(tmp_path):

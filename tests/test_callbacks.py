@@ -32,11 +32,13 @@ class Classifier(pl.LightningModule):
         self.network = resnet20()
         self.losses: list[float] = []
         self.sizes: list[int] = []
+        self.seen: list[torch.Tensor] = []
 
     def training_step(self, batch, _):
         loss = F.cross_entropy(self.network(batch[0]), batch[1])
         self.losses.append(float(loss))
         self.sizes.append(modprune.count_params(self.network))
+        self.seen.append(batch[1])
         return loss
 
     def validation_step(self, batch, _):
@@ -47,14 +49,14 @@ class Classifier(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)]
 
 
-def train(callback, epochs=4, checkpoint=None, ckpt_path=None, **options):
-    module = Classifier()
+def train(*callbacks, epochs=4, checkpoint=None, ckpt_path=None, make=Classifier, batches=BATCHES, **options):
+    module = make()
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=checkpoint is not None,
         enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[callback, *([checkpoint] if checkpoint else [])], **options,
+        callbacks=[*callbacks, *([checkpoint] if checkpoint else [])], **options,
     )  # fmt: skip
-    trainer.fit(module, BATCHES, BATCHES, ckpt_path=ckpt_path)
+    trainer.fit(module, batches, batches, ckpt_path=ckpt_path)
     return module, trainer
 
 
@@ -160,6 +162,36 @@ def test_lightning_counts_steps_of_the_optimizer():
     train(callback, epochs=2, accumulate_grad_batches=2)
     assert asked == [1, 2, 3, 4]
     assert len(callback.pruning.plans) == 1
+
+
+class Bytes(Classifier):
+    def on_before_batch_transfer(self, batch, _):
+        return batch["images"], batch["classes"]
+
+    def on_after_batch_transfer(self, batch, _):
+        return batch[0].float() / 255, batch[1]
+
+
+def test_lightning_measures_the_batches_that_the_step_gets():
+    criterion = modprune.criteria.Modularity(samples=100, repeats=1)
+    rows = [{"images": x, "classes": y} for x, y in zip(DATA.images, DATA.labels, strict=True)]
+    for given in (
+        {"precision": "bf16-true"},
+        {"precision": "64-true"},
+        {"make": Bytes, "batches": DataLoader(rows, 64)},
+    ):
+        callback = LightningCallback(network="network", at=(1,), blocks=2, criterion=criterion)
+        module, _ = train(callback, epochs=2, **given)
+        assert len(removed_blocks(module.network).remove) == 2
+
+
+def test_lightning_goes_on_with_the_batches_that_it_would_have_had():
+    orders = []
+    for callbacks in ([], [LightningCallback(network="network", at=(1,), blocks=1, criterion="block_influence")]):
+        own = torch.Generator().manual_seed(0)
+        shuffled = DataLoader(BATCHES.dataset, 64, True, num_workers=1, persistent_workers=True, generator=own)
+        orders.append(torch.cat(train(*callbacks, epochs=2, batches=shuffled)[0].seen))
+    assert torch.equal(*orders)
 
 
 def test_transformers_counts_whole_epochs():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,7 +20,7 @@ class PruningCallback(Callback):
     (EMA, SWA) hold on to removed parameters: start them after the last stage. A network takes one such callback.
 
     Args:
-        loader: calibration batches; those of the training if None.
+        loader: calibration batches as the network takes them; those of the training, as the step gets them, if None.
         network: qualified name of the network in the LightningModule; "" is the module itself, by its `forward`.
         every: "epoch" or "step": what `at` counts.
         options: `at`, the budget and more, see `GradualPruning`.
@@ -88,24 +88,42 @@ class PruningCallback(Callback):
         state = self.found[1] if self.found and self.found[0] is network else None
         self.found = None
         if state or self.pruning is None or self.pruning.model is not network:
-            loader: Any = trainer.train_dataloader if self.loader is None else self.loader
+            loader = _AsTrained(trainer) if self.loader is None else self.loader
             self.pruning = GradualPruning(network, loader, **self.options, state=state)
         if state and self.every == "epoch" and self.pruning.count < trainer.current_epoch:
             # A checkpoint of an epoch's last step is of before the stage at its end, which Lightning does not repeat.
-            self.pruning(trainer.current_epoch, *trainer.optimizers)
+            self._prune(trainer, trainer.current_epoch)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Lightning's hook: prune if it is due by the step."""
         if self.every == "step" and self.pruning is not None and trainer.global_step > self.step:
             self.step = trainer.global_step  # several batches may make one
-            self.pruning(self.step, *trainer.optimizers)
+            self._prune(trainer, self.step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook: prune if it is due by the epoch."""
         if self.every == "epoch" and self.pruning is not None:
-            self.pruning(trainer.current_epoch + 1, *trainer.optimizers)
+            self._prune(trainer, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook: warn if stages never came due."""
         if self.pruning is not None:
             self.pruning.warn_if_unfinished()
+
+    def _prune(self, trainer: Trainer, count: int) -> None:
+        assert self.pruning is not None
+        self.pruning(count, *trainer.optimizers)
+
+
+class _AsTrained:
+    """The batches of a training as its step gets them: in the trainer's precision, through the transfer's hooks."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.base_dataloader: Any = trainer.train_dataloader  # as accelerate calls what is read within
+
+    def __iter__(self) -> Iterator[Any]:
+        trainer = self.trainer
+        for batch in self.base_dataloader:
+            batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+            yield trainer.strategy.batch_to_device(batch)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch.utils.data import DataLoader, TensorDataset
 
 import modprune
@@ -135,7 +135,7 @@ def test_lightning_state_is_that_of_the_module_it_came_with(tmp_path):
     trainer.fit(other, BATCHES)
     assert not removed_blocks(other.network).remove
     assert "load_model_state_dict" not in vars(trainer.strategy)
-    callback.on_train_epoch_end(SimpleNamespace(current_epoch=1, optimizers=trainer.optimizers), other)
+    callback.on_train_epoch_end(SimpleNamespace(current_epoch=1, optimizers=trainer.optimizers, callbacks=[]), other)
     assert len(removed_blocks(other.network).remove) == 2
     trainer.validate(Classifier(), BATCHES, ckpt_path=tmp_path / "epoch=0.ckpt")
     trainer.save_checkpoint(tmp_path / "whole.ckpt")
@@ -192,6 +192,20 @@ def test_lightning_goes_on_with_the_batches_that_it_would_have_had():
         shuffled = DataLoader(BATCHES.dataset, 64, True, num_workers=1, persistent_workers=True, generator=own)
         orders.append(torch.cat(train(*callbacks, epochs=2, batches=shuffled)[0].seen))
     assert torch.equal(*orders)
+
+
+def test_averages_of_lightning_lose_the_same_blocks(tmp_path):
+    options = {"network": "network", "at": (1, 2), "blocks": 4, "shares": (0.5, 1), "criterion": "l1_norm"}
+    plain, _ = train(LightningCallback(**options))
+    same = lambda a, b: all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))  # noqa: E731
+    for order in (1, -1):
+        callbacks = [LightningCallback(**options), EMAWeightAveraging(decay=0.0)][::order]  # the last step's weights
+        saved = ModelCheckpoint(tmp_path / str(order), "{epoch}", save_top_k=-1)
+        assert same(train(*callbacks, checkpoint=saved)[0], plain)
+        callbacks = [LightningCallback(**options), EMAWeightAveraging(decay=0.0)][::order]
+        assert same(train(*callbacks, ckpt_path=tmp_path / str(order) / "epoch=1.ckpt")[0], plain)
+    module, _ = train(LightningCallback(**options), StochasticWeightAveraging(0.005, swa_epoch_start=1))
+    assert len(removed_blocks(module.network).remove) == 4
 
 
 def test_transformers_counts_whole_epochs():

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from modprune._bare import bare
 from modprune.gradual import GradualPruning, cut_again
 
 
@@ -16,8 +17,8 @@ class PruningCallback(Callback):
 
     Save what came of it by `modprune.save(module.network, path)`. Lightning's own checkpoints hold the weights that are
     left, and what has gone: `ckpt_path=` takes up a module that is whole, with this callback, pruned as it was then.
-    Those that a `ModelCheckpoint(save_weights_only=True)` writes do not say what has gone. Averages of the weights
-    (EMA, SWA) hold on to removed parameters: start them after the last stage. A network takes one such callback.
+    Those that a `ModelCheckpoint(save_weights_only=True)` writes do not say what has gone. The averages of Lightning's
+    own callbacks (SWA, EMA) lose the same blocks. A network takes one such callback.
 
     Args:
         loader: calibration batches as the network takes them; those of the training, as the step gets them, if None.
@@ -65,6 +66,7 @@ class PruningCallback(Callback):
             if state := checkpoint.get("callbacks", {}).get(self.state_key):
                 network = pl_module.get_submodule(self.network)
                 cut_again(network, state)
+                self._cut_averages(trainer, state)
                 self.found, self.pruning = (network, state), None
             load(checkpoint, *options, **others)
 
@@ -112,7 +114,15 @@ class PruningCallback(Callback):
 
     def _prune(self, trainer: Trainer, count: int) -> None:
         assert self.pruning is not None
-        self.pruning(count, *trainer.optimizers)
+        if self.pruning(count, *trainer.optimizers):
+            self._cut_averages(trainer, self.pruning.state_dict())
+
+    def _cut_averages(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Out of the copies of the module that Lightning's averaging callbacks have made when the fit began."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            average = getattr(callback, "_average_model", None)
+            if average is not None:
+                cut_again(bare(average).get_submodule(self.network), state)
 
 
 class _AsTrained:

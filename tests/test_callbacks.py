@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import modprune
@@ -307,6 +308,20 @@ def test_transformers_asks_once_for_each_epoch(tmp_path):
     trainer.train(str(tmp_path / "checkpoint-8"))
     assert gone == [1] * 16
     assert len(removed_blocks(trainer.model).remove) == 2
+
+
+def test_transformers_goes_on_from_adapters_that_have_other_names_in_the_model(tmp_path):
+    trainer_of(convnext, tmp_path, TransformersCallback(at=(1,), blocks=2, criterion="l1_norm")).train()
+    checkpoint = tmp_path / "checkpoint-16"
+    (checkpoint / "model.safetensors").unlink()
+    save_file({"base_model.model.classifier.lora_A.weight": torch.zeros(1)}, checkpoint / "adapter_model.safetensors")
+    gone = []
+    for _ in range(2):
+        callback, model = TransformersCallback(at=(1,), blocks=2, criterion="l1_norm"), convnext()
+        callback.resume(model, checkpoint)
+        gone.append(len(removed_blocks(model).remove))
+        (checkpoint / "modprune.json").unlink(missing_ok=True)  # as of a training without the callback
+    assert gone == [2, 0]
 
 
 @pytest.mark.skipif(

@@ -69,9 +69,9 @@ class PruningCallback(TrainerCallback):
                 state = json.loads(record.read_text())
             except ValueError:
                 raise ValueError(f"{record}: not JSON: take an earlier checkpoint") from None
-        elif known - saved:
+        elif saved is not None and known - saved:
             raise FileNotFoundError(f"{record}: not there, nor all weights: the training was cut short there")
-        for name in sorted(saved - known):
+        for name in sorted((saved or set()) - known):
             raise ValueError(
                 f"{record.parent}: its {name} is unknown to the {type(model).__name__}: the Trainer would leave such "
                 "weights as they are; load them yourself, as from_pretrained does, which knows the names of files"
@@ -131,8 +131,10 @@ def _epochs(state: TrainerState) -> int:
     return math.floor((state.epoch or 0) + 1e-6)
 
 
-def _saved_names(checkpoint: Path) -> set[str]:
-    """Of the weights in a checkpoint."""
+def _saved_names(checkpoint: Path) -> set[str] | None:
+    """Of the weights in a checkpoint; None for one of PEFT's adapters alone, which have other names in the model."""
+    if any(checkpoint.rglob("adapter_model.*")):  # several adapters have folders of their own
+        return None
     names: set[str] = set()
     for path in checkpoint.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+LOCKS: set[int] = set()  # of the folders that this process is `alone` in
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -69,6 +70,16 @@ def check_path(path: str | Path) -> None:
         raise OSError(f"{path}: cannot be written ({problem}); give a file in a folder that can")
 
 
+def _let_go() -> None:
+    """In a worker that was forked: with the locks open it would hold them after the end of the process they are of."""
+    while LOCKS:
+        os.close(LOCKS.pop())
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """No other process that asks for it works in this folder meanwhile; a kill lets go of it, and no file is left.
@@ -82,6 +93,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
+    LOCKS.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +101,9 @@ def alone(folder: Path) -> Iterator[None]:
             raise ValueError(f"{folder}: another run is at work there: wait for it, or give another folder") from None
         yield
     finally:
-        os.close(handle)
+        if handle in LOCKS:  # else in a fork, which has let go of it
+            LOCKS.remove(handle)
+            os.close(handle)
 
 
 def to_json(data: Any, path: str | Path | None = None, indent: int | None = 2) -> str:

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from modprune._accelerate import accelerate_left_as_found, accelerator_for, prepared
+from modprune._files import alone
 from modprune._inputs import call, device_of, first_line, split_batch, to_device
 from modprune._means import Diverged, Means, share_right
-from modprune._processes import everyones, from_first, place
+from modprune._processes import everyones, from_first, meet, place
 from modprune._random import from_batch, own_state, random_state, set_own_state
 from modprune._state import modes_kept
 from modprune.checkpoints import check_empty, check_writable, difference, load_newest, save_state, states
@@ -86,7 +87,7 @@ def finetune(
     Raises:
         ValueError: for arguments out of range, a model that is its own teacher or has nothing to train, a folder with
             states of a run, finished or not, without `resume`, or with states of another recipe, network or more
-            epochs.
+            epochs, or one where another run is at work.
         OSError: if `checkpoints` cannot be written.
         RuntimeError: if the loss stops being finite (more than `halvings` times); names epoch and step. The newest
             state stays, and the model keeps what broke it. Also where accelerate has not seen the processes of
@@ -100,7 +101,13 @@ def finetune(
     folder = None if checkpoints is None else Path(checkpoints)
     _check_folder(folder, resume, halvings)
     ended = nullcontext(Notice(SIGTERM, SIG_IGN)) if folder is None else put_off(SIGTERM)
-    with ended as told, accelerate_left_as_found(), modes_kept(model), teaching(teacher) as teach:
+    with (
+        ended as told,
+        accelerate_left_as_found(),
+        alone(folder) if folder is not None and meet(device_of(model)) else nullcontext(),
+        modes_kept(model),
+        teaching(teacher) as teach,
+    ):
         run = _Run(model, train_loader, teacher, constants, folder)
         if folder is not None and resume:
             run.check_resumable(folder)

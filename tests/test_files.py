@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from modprune._files import check_path, write_bytes
+from modprune._files import alone, check_path, write_bytes
 
 WRITABLE = ("new.txt", "file.txt", "deep/er/new.txt", "locked.txt", "dangling.txt", "n" * 255, "/dev/null")
 CLOSED = (
@@ -79,6 +81,23 @@ def test_a_file_keeps_its_mode_and_a_new_one_has_that_of_any_new_file(tmp_path, 
     assert old.stat().st_mode & 0o777 == mode
     assert new.stat().st_mode == plain.stat().st_mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old", "plain"]
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_workers_that_were_forked_do_not_hold_on_to_a_folder(tmp_path):
+    with alone(tmp_path):
+        fork = multiprocessing.get_context("fork")
+        begun = fork.Event()
+        worker = fork.Process(target=lambda: (begun.set(), time.sleep(60)))
+        worker.start()
+        begun.wait()
+        with pytest.raises(ValueError, match="another run is at work there"), alone(tmp_path):
+            pass
+    try:
+        with alone(tmp_path):
+            assert worker.is_alive()
+    finally:
+        worker.kill()
 
 
 def test_what_goes_to_the_output_takes_the_place_of_nothing(tmp_path):

@@ -217,6 +217,16 @@ def test_a_damaged_state_is_named(tmp_path):
             finetune(network(), None, epochs=2, checkpoints=file.parent / "model.safetensors", resume=resume)
 
 
+def test_two_runs_do_not_share_a_folder_of_states(tmp_path):
+    def again(_):
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=f"{tmp_path}: another run is at work there: wait for it, or give an"):
+                finetune(network(), loader(), epochs=1, checkpoints=tmp_path, resume=resume, progress=False)
+
+    finetune(network(), loader(), epochs=1, checkpoints=tmp_path, progress=False, after_epoch=again)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-0001"]
+
+
 def test_a_state_of_another_network_is_refused_before_it_is_loaded(tmp_path):
     finetune(network(), loader(), epochs=1, checkpoints=tmp_path, progress=False)
     for other, message in (

@@ -37,6 +37,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
         raise
     except Exception as error:
         hint = "; of a dict all but 'labels' are its arguments" if isinstance(inputs, Mapping) else ""
+        if isinstance(inputs, list):
+            hint = "; of a list each item is an argument: a list of images goes as ([image, ...],)"
         what = f"{type(error).__name__}: {first_line(error)}"
         raise RuntimeError(f"{type(model).__name__} fails on its inputs with {what}{hint}") from error
 
@@ -184,7 +186,10 @@ def batch_size(inputs: Any) -> int:
         return len(arguments[0])
     tensor = first_tensor(inputs)
     if tensor is None or tensor.ndim == 0:
-        raise ValueError("the inputs hold no tensor with a batch dimension")
+        raise ValueError(
+            f"inputs of type {type(inputs).__name__} hold no tensor with a batch dimension: give a torch.Tensor, or a "
+            "tuple or dict of them"
+        )
     return tensor.shape[0]
 
 

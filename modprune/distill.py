@@ -133,7 +133,7 @@ def teaching(teacher: nn.Module | Teacher | None) -> Iterator[Teacher | None]:
     if not isinstance(teacher, nn.Module):
         if not (teacher is None or callable(teacher)):
             raise ValueError(f"teacher={teacher!r}: a module, or a callable from a batch to logits, is needed")
-        yield teacher and torch.no_grad()(teacher)
+        yield teacher and _answering(teacher)
         return
 
     @torch.no_grad()
@@ -143,3 +143,14 @@ def teaching(teacher: nn.Module | Teacher | None) -> Iterator[Teacher | None]:
     with modes_kept(teacher):  # the random numbers of the training between its answers are not its own
         teacher.eval()
         yield teach
+
+
+def _answering(teacher: Teacher) -> Teacher:
+    @torch.no_grad()
+    def teach(batch: Any) -> Tensor:
+        soft = teacher(batch)
+        if not isinstance(soft, Tensor):
+            raise ValueError(f"the teacher returned {type(soft).__name__} for a batch: logits (B, classes) are needed")
+        return soft
+
+    return teach

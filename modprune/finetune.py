@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from modprune._accelerate import accelerate_left_as_found, accelerator_for, prepared
+from modprune._bare import bare
 from modprune._files import alone
 from modprune._inputs import call, device_of, first_line, split_batch, to_device
 from modprune._means import Diverged, Means, share_right
@@ -94,7 +95,8 @@ def finetune(
             torch.distributed, each of which would train alone.
     """
     constants = Recipe(**recipe)  # type: ignore[arg-type]
-    if (teacher.model if isinstance(teacher, CachedTeacher) else teacher) is model:
+    own: Any = teacher.model if isinstance(teacher, CachedTeacher) else teacher
+    if bare(own) is bare(model):
         raise ValueError("the teacher is the model itself, from which nothing is learnt: copy.deepcopy it beforehand")
     if isinstance(val_loader, Iterator):
         raise ValueError("val_loader can be read only once, not after every epoch: give a list or a DataLoader")
@@ -105,6 +107,8 @@ def finetune(
         ended as told,
         accelerate_left_as_found(),
         alone(folder) if folder is not None and meet(device_of(model)) else nullcontext(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
         modes_kept(model),
         teaching(teacher) as teach,
     ):

@@ -227,6 +227,16 @@ def test_two_runs_do_not_share_a_folder_of_states(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["epoch-0001"]
 
 
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_it_trains_where_somebody_has_switched_gradients_off(around):
+    model, twin = network(), network()
+    finetune(twin, loader(), epochs=1, progress=False)
+    with around():
+        finetune(model, loader(), epochs=1, progress=False)
+        assert not torch.is_grad_enabled()
+    assert same(model, twin)
+
+
 def test_a_state_of_another_network_is_refused_before_it_is_loaded(tmp_path):
     finetune(network(), loader(), epochs=1, checkpoints=tmp_path, progress=False)
     for other, message in (
@@ -258,8 +268,13 @@ def test_a_forward_of_the_model_itself_and_the_precision_are_left_alone():
 
 def test_what_nothing_can_be_learnt_from_is_named():
     model = network()
-    with pytest.raises(ValueError, match="the teacher is the model itself"):
-        finetune(model, loader(), teacher=model)
+    for itself in (model, nn.DataParallel(model), torch.compile(model, backend="eager")):
+        with pytest.raises(ValueError, match="the teacher is the model itself"):
+            finetune(model, loader(), teacher=itself)
+    with pytest.raises(
+        ValueError, match=r"the teacher returned NoneType for a batch: logits \(B, classes\) are needed"
+    ):
+        finetune(network(), loader(), teacher=lambda batch: None, progress=False)
     with pytest.raises(ValueError, match="no parameter of the CifarResNet requires a gradient"):
         finetune(network().requires_grad_(False), loader())
     with pytest.raises(ValueError, match=r"looks=0: at least 1"):

@@ -62,6 +62,18 @@ def test_a_loader_without_batches_is_named():
         first_sample(iter([]))
 
 
+def test_inputs_that_are_none_are_named():
+    for inputs, kind in ((X.numpy(), "ndarray"), (None, "NoneType"), (torch.tensor(1.0), "Tensor")):
+        with pytest.raises(
+            ValueError, match=f"inputs of type {kind} hold no tensor with a batch dimension: give a torch"
+        ):
+            batch_size(inputs)
+    with pytest.raises(
+        RuntimeError, match=r"fails on .* of a list each item is an arg.*: .* goes as \(\[image, ...\],\)"
+    ):
+        call(lambda images: images, [X, X])
+
+
 def test_masks_are_no_samples():
     mask = torch.ones(5, 5)
     part = take((X, mask), 2, 4)

@@ -277,15 +277,10 @@ def test_transformers_loses_no_stage_at_the_last_step_of_an_epoch(tmp_path):
 
 def test_transformers_that_goes_on_without_what_had_gone_is_told(tmp_path):
     options = {"at": (1, 2), "blocks": 2, "shares": (0.5, 1), "criterion": "l1_norm"}
-    trainer_of(convnext, tmp_path, TransformersCallback(**options), save_strategy="steps", save_steps=4).train()
+    trainer_of(convnext, tmp_path, TransformersCallback(**options), save_only_model=True).train()
     checkpoint = str(tmp_path / "checkpoint-8")
-    for step, message in (
-        (4, "goes on from step 4: call"),
-        (12, r"the weights to load have no .*: to go on from a .*, call"),
-    ):
-        trainer = trainer_of(convnext, tmp_path / "again", TransformersCallback(**options))
-        with pytest.raises(RuntimeError, match=rf"{message} callback.resume\(trainer.model, checkpoint\) before"):
-            trainer.train(str(tmp_path / f"checkpoint-{step}"))
+    with pytest.raises(RuntimeError, match=r"goes on from step 8: call callback.resume\(trainer.model, checkpoint\)"):
+        trainer_of(convnext, tmp_path / "again", TransformersCallback(**options)).train(checkpoint)
     trainer = trainer_of(convnext, tmp_path / "again", callback := TransformersCallback(**options))
     callback.resume(convnext(), checkpoint)
     with pytest.raises(RuntimeError, match="resume was given another model than is trained"):

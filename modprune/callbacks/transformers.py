@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,6 @@ class PruningCallback(TrainerCallback):
         self.loader, self.every, self.options = loader, every, options
         self.pruning: GradualPruning | None = None
         self.found: tuple[nn.Module, dict[str, Any] | None] | None = None
-        self.watch = ExitStack()
 
     def resume(self, model: nn.Module, checkpoint: str | Path) -> None:
         """Remove from a whole model what was gone at a checkpoint, and go on from there when the training begins.
@@ -82,29 +80,10 @@ class PruningCallback(TrainerCallback):
             cut_again(model, state)
         self.found = model, state
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """The Trainer's hook: look at the weights that come back before the training begins.
-
-        Without `resume` those of a pruned network fill a part of the whole one, whose optimizer then fails to load.
-        """
-
-        def check(model: nn.Module, weights: Mapping[str, Any], *_: Any) -> None:
-            missing = [n for n, p in model.named_parameters() if p.requires_grad and n not in weights]
-            if missing and self.found is None and self.pruning is None:
-                raise RuntimeError(
-                    f"the weights to load have no {missing[0]}: to go on from a checkpoint, call callback.resume("
-                    "trainer.model, checkpoint) before trainer.train; load a part of the weights before the Trainer "
-                    "is made"
-                )
-
-        self.watch.close()
-        self.watch.callback(given["model"].register_load_state_dict_pre_hook(check).remove)
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """The Trainer's hook: look at the network."""
-        self.watch.close()
         if args.world_size > 1:
             raise RuntimeError(
                 f"{args.world_size} processes: the Trainer has wrapped the model already; prune it before trainer.train"

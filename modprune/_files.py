@@ -99,6 +99,8 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: another run is at work there: wait for it, or give another folder") from None
+        except OSError:
+            pass  # a file system without locks: nobody is kept out, as on Windows
         yield
     finally:
         if handle in LOCKS:  # else in a fork, which has let go of it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -23,14 +24,14 @@ def undisturbed(loader: object) -> Iterator[None]:
     """A loader may be read inside the block; its owner then goes on as if it had not been, amid an epoch too.
 
     Put back are all random generators, what an `ImageLoader`, or accelerate's loaders and samplers, count passes by and
-    whether accelerate is in one, and the pass of a DataLoader whose workers persist, or that it has none yet: it has
-    only one at a time, a new one would take the workers of the old one away, and later ones its own.
+    whether accelerate is in one, and the pass under way of a DataLoader whose workers persist, if any: another would
+    take its workers away, or leave later ones its own.
     """
     counts = [(part, {n: v for n, v in vars(part).items() if n in COUNTS}) for part in _parts(loader)]
     under_way = [(part, part._iterator) for part in _parts(loader) if isinstance(part, DataLoader)]
     passes = GradientState().dataloader_references
     state = random_state(None)
-    own = [(generator, _state(generator)) for generator in _generators(loader)]  # accelerate's gets one in a pass
+    own = [(generator, _state(generator)) for generator in _generators(loader).values()]  # accelerate's gets one then
     for part, _ in under_way:
         part._iterator = None
     try:
@@ -65,18 +66,18 @@ def is_untouched(state: dict[str, Any]) -> bool:
     return len(before) == len(now) and all(same)
 
 
-def own_state(loader: object) -> list[Any]:
-    """Of the generators that a loader has of its own: accelerate gives it one in several processes."""
-    return [_state(generator) for generator in _generators(loader)]
+def own_state(loader: object) -> dict[str, Any]:
+    """Of the generators that a loader and its data have of their own: accelerate gives one in several processes."""
+    return {place: _state(generator) for place, generator in _generators(loader).items()}
 
 
-def set_own_state(state: list[Any], loader: object) -> None:
-    """Put back what `own_state` gave; ValueError if the loader has not as many."""
+def set_own_state(state: dict[str, Any], loader: object) -> None:
+    """Put back what `own_state` gave, with a warning if a generator is not there, as those made in the first pass."""
     generators = _generators(loader)
-    if len(generators) != len(state):
-        raise ValueError(f"{len(state)} random generators of a loader there, {len(generators)} here: make it as it was")
-    for generator, own in zip(generators, state, strict=True):
-        _set_state(generator, own)
+    for place in state.keys() & generators.keys():
+        _set_state(generators[place], state[place])
+    if missing := sorted(state.keys() - generators.keys()):
+        warnings.warn(f"the loader has no generator {missing[0]} yet: its random numbers begin anew", stacklevel=2)
 
 
 def set_random_state(state: dict[str, Any], loader: object) -> None:
@@ -89,10 +90,15 @@ def set_random_state(state: dict[str, Any], loader: object) -> None:
     set_own_state(state["own"], loader)
 
 
-def _generators(loader: object) -> list[Any]:
-    """Those that a loader, its samplers and its data have as attributes, under whatever names, each once."""
-    held = {id(value): value for part in _parts(loader) for value in vars(part).values()}
-    return [v for v in held.values() if isinstance(v, KINDS) and not isinstance(v, random.SystemRandom)]
+def _generators(loader: object) -> dict[str, Any]:
+    """Those that a loader, its samplers and its data have as attributes, under whatever names, each once, by place."""
+    found: dict[int, tuple[str, Any]] = {}
+    for number, part in enumerate(_parts(loader)):
+        named = {name: getattr(part, name, None) for name in ("generator", "synchronized_generator")}
+        for name, value in {**named, **vars(part)}.items():
+            if isinstance(value, KINDS) and not isinstance(value, random.SystemRandom):
+                found.setdefault(id(value), (f"{type(part).__name__}.{name} (part {number})", value))
+    return dict(found.values())
 
 
 def _state(generator: Any) -> Any:
@@ -117,8 +123,11 @@ def _parts(loader: object) -> list[Any]:
     """A loader, the one that it wraps as accelerate does, its samplers and data, those with attributes of their own."""
     parts = [loader]
     for part in parts:
-        inner = [getattr(part, name, None) for name in ("base_dataloader", "sampler", "batch_sampler", "dataset")]
+        inner = [getattr(part, name, None) for name in ("base_dataloader", "sampler", "batch_sampler")]
         parts += [one for one in inner if one is not None and all(one is not other for other in parts)]
+    for part in parts:  # of data, which is anybody's, only what it holds
+        data = getattr(part, "__dict__", {}).get("dataset")
+        parts += [data] if data is not None and all(data is not other for other in parts) else []
     return [part for part in parts if hasattr(part, "__dict__")]
 
 

@@ -23,7 +23,7 @@ Teacher = Callable[[Any], Tensor]
 def distillation_loss(logits: Tensor, labels: Tensor | None, soft: Tensor | None, weight: float, t: float) -> Tensor:
     """`(1 - weight) * CE + weight * t^2 * KL(teacher || student)` at temperature `t` (Hinton et al. 2015, section 2).
 
-    Both terms are means over all that is classified: images, or the pixels of images.
+    The teacher's term is a mean over all images or pixels, the labels' over those that have one.
 
     Args:
         logits: (B, classes) or (B, classes, ...) of the student.

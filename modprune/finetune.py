@@ -95,8 +95,8 @@ def finetune(
             torch.distributed, each of which would train alone.
     """
     constants = Recipe(**recipe)  # type: ignore[arg-type]
-    own: Any = teacher.model if isinstance(teacher, CachedTeacher) else teacher
-    if bare(own) is bare(model):
+    taught_by: Any = teacher.model if isinstance(teacher, CachedTeacher) else teacher
+    if bare(taught_by) is bare(model):
         raise ValueError("the teacher is the model itself, from which nothing is learnt: copy.deepcopy it beforehand")
     if isinstance(val_loader, Iterator):
         raise ValueError("val_loader can be read only once, not after every epoch: give a list or a DataLoader")

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from modprune.checkpoints import states
 from modprune.data import ImageLoader, digits
@@ -185,19 +185,59 @@ class Noisy(Dataset):
         return DATA.images[index] / 255 + self.rng.random(dtype=np.float32), DATA.labels[index]
 
 
-def test_what_a_data_set_draws_by_itself_goes_on_in_a_resumed_run(tmp_path):
+class Sampled(Sampler):
+    """Its generator is one of the class."""
+
+    generator = torch.Generator()
+
+    def __init__(self) -> None:
+        self.generator.manual_seed(0)
+
+    def __iter__(self):
+        return iter(torch.randperm(len(DATA), generator=self.generator).tolist())
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda: DataLoader(Noisy(), 64),
+        lambda: DataLoader(TensorDataset(DATA.images / 255, DATA.labels), 64, sampler=Sampled()),
+    ],
+    ids=["data", "sampler"],
+)
+def test_generators_of_ones_own_go_on_in_a_resumed_run(loader, tmp_path):
     def stop(epoch):
         if epoch.epoch == 2:
             raise KeyboardInterrupt
 
     whole, resumed, run = network(), network(), {"epochs": 2, "progress": False}
-    finetune(whole, DataLoader(Noisy(), 64), **run)
+    finetune(whole, loader(), **run)
     with pytest.raises(KeyboardInterrupt):
-        finetune(network(), DataLoader(Noisy(), 64), checkpoints=tmp_path, after_epoch=stop, **run)
-    with pytest.raises(ValueError, match=r"1 random generators of a loader there, 0 here: make it as it was"):
-        finetune(network(), list(DataLoader(Noisy(), 64)), checkpoints=tmp_path, resume=True, **run)
-    finetune(resumed, DataLoader(Noisy(), 64), checkpoints=tmp_path, resume=True, **run)
+        finetune(network(), loader(), checkpoints=tmp_path, after_epoch=stop, **run)
+    finetune(resumed, loader(), checkpoints=tmp_path, resume=True, **run)
     assert same(whole, resumed)
+
+
+class Late(Noisy):
+    """Its generator is made when it is first read."""
+
+    def __init__(self) -> None:
+        self.made = None
+
+    @property
+    def rng(self) -> np.random.Generator:
+        self.made = np.random.default_rng(0) if self.made is None else self.made
+        return self.made
+
+
+def test_a_generator_that_is_made_late_is_told_of_and_no_obstacle(tmp_path):
+    run = {"epochs": 1, "checkpoints": tmp_path, "progress": False}
+    finetune(network(), DataLoader(Late(), 64), **run)
+    with pytest.warns(UserWarning, match=r"no generator Late.made \(part 3\) yet: its random numbers begin anew"):
+        finetune(network(), DataLoader(Late(), 64), resume=True, **run)
 
 
 def test_a_damaged_state_is_named(tmp_path):

@@ -121,8 +121,8 @@ class PruningCallback(Callback):
         """Out of the copies of the module that Lightning's averaging callbacks have made when the fit began."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)
-            if average is not None:
-                cut_again(bare(average).get_submodule(self.network), state)
+            if isinstance(average, nn.Module) and isinstance(inner := bare(average), LightningModule):
+                cut_again(inner.get_submodule(self.network), state)
 
 
 class _AsTrained:

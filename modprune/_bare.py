@@ -37,7 +37,7 @@ def check_bare(model: nn.Module) -> None:
 
 
 def check_filled(model: nn.Module) -> None:
-    """ValueError if the model has no values to run with, or such as autograd refuses."""
+    """ValueError if the model has no values to run with, or such as autograd takes no gradients for."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model has no weights yet (it is on the meta device): load them first")
     frozen = [parameter for parameter in model.parameters() if not is_lazy(parameter) and not parameter.requires_grad]
@@ -45,7 +45,7 @@ def check_filled(model: nn.Module) -> None:
         raise ValueError("the model's weights were made in inference mode and are frozen: make it outside of that mode")
 
 
-def check_shaped(model: nn.Module) -> None:
-    """ValueError if layers of the model take their shapes from the first batch, and none has come yet."""
-    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+def check_shaped(model: nn.Module, name: str = "") -> None:
+    """ValueError if layers of a model, or of the module of that name, take their shapes from a first batch to come."""
+    if lazy := [own for own, parameter in model.named_parameters(name) if is_lazy(parameter)]:
         raise ValueError(f"{lazy[0]}: has no shape yet, as lazy layers have none: run the model on one batch before")

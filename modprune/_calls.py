@@ -27,7 +27,7 @@ class Call:
         form: "" if a tensor or a tuple came out, or a named one such as the first that went in; else the type's name.
         outputs: for each item of the tuple that came out, the argument that it is like by position; -1 for none.
         others: the ends of further items that came out and are like none.
-        unclear: whether a number that came out may be one or another of the arguments.
+        unclear: whether a number, text or list that came out may be one or another of the arguments.
         times: how often the module was called.
     """
 
@@ -123,7 +123,9 @@ def may_be_block(module: nn.Module) -> bool:
 
 
 def _sources(out: Any, first: Tensor, given: list[Any]) -> tuple[int, ...]:
-    """For each item of a tuple the argument that stands for it, another for each item; -1 for none. Empty if no tuple.
+    """For each item of a tuple the argument, not yet taken, that stands for it; -1 for none. Empty if no tuple.
+
+    Of a tensor that comes more than once, the same.
 
     One like it: for `first`, by which the block is known, and what was not computed; else one that lies behind it. What
     was not computed may be an argument's values once more.
@@ -153,7 +155,7 @@ def _is_like(item: Any, argument: Any) -> bool:
         return isinstance(argument, type(item)) and item.shape == argument.shape and item.dtype == argument.dtype
     if isinstance(item, (list, tuple)) and isinstance(argument, (list, tuple)):  # sizes come as both
         return first_tensor((item, argument)) is None and list(item) == list(argument)
-    return isinstance(item, (int, float, str)) and isinstance(argument, type(item)) and item == argument
+    return isinstance(item, (int, float, str)) and type(argument) is type(item) and item == argument
 
 
 class _SumsOutOfPlace(TorchFunctionMode):

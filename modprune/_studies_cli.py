@@ -216,8 +216,8 @@ def difference(
 
 
 def _titles(sources: list[Source]) -> list[str]:
-    """The network, without where it comes from; where that does not tell all apart, its data or weights, if they do
-    something to, or a number.
+    """The network, without where it comes from; where that does not tell all apart, with data or weights where these
+    differ, else by number.
     """
     titles = [Path(source.model.rpartition(":")[2]).name for source in sources]
     for more in ("data", "weights"):

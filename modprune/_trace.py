@@ -177,12 +177,12 @@ def _shortcut(block: nn.Module) -> tuple[fx.Graph, fx.Node, fx.Node]:
 
 def _staying(graph: fx.Graph, total: fx.Node, side: fx.Node) -> set[fx.Node]:
     """What a block, and all else that it gives back, is made from once one side of its sum stands for the sum."""
-    seen, stack = {total}, [graph.output_node(), side]
+    seen, stack = {total, side}, [graph.output_node(), side]
     while stack:
         new = set(stack.pop().all_input_nodes) - seen
         seen |= new
         stack += new
-    return seen - {total} | {side}
+    return seen - {total}
 
 
 class _Deep(fx.Tracer):

@@ -131,14 +131,15 @@ def choose_part(
 ) -> tuple[str, ...]:
     """Names of those among what `choose` takes for the rest of a budget that meet a part of it, by the same measure.
 
-    What is taken for a part alone may leave the rest unmet. Where a number of blocks is asked for, the fractions wait.
+    What is taken for a part alone may leave the rest unmet.
     """
     totals = total_macs, total_params, total_nanoseconds
     names = choose(candidates, rest, *totals)
-    if part == rest:
-        return names
     among = [candidate for candidate in candidates if candidate.name in names]
-    return choose(among, part if part.blocks is None else Budget(blocks=part.blocks), *totals)
+    try:
+        return choose(among, part, *totals)
+    except ValueError:  # no so many blocks of these meet their part of the fractions, which then wait
+        return choose(among, Budget(blocks=part.blocks), *totals)
 
 
 def _needed(fraction: float | None, total: int) -> int:

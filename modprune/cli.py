@@ -180,7 +180,7 @@ def plan(
     longest = max(map(len, chosen.scores))
     for name, score in chosen.scores.items():
         # Significant digits: the scores of some criteria are all below a ten-thousandth.
-        print(f"{name:<{longest}} {f'{score:+.4g}':>10}  {'remove' if name in chosen.remove else ''}".rstrip())
+        print(f"{name:<{longest}} {f'{score:+#.4g}':>10}  {'remove' if name in chosen.remove else ''}".rstrip())
     freed = chosen.freed
     channels = f", channels: {sum(len(c) for _, c in chosen.width)}" if chosen.width else ""
     time = "time, by blocks alone" if chosen.width else "time"

@@ -443,13 +443,14 @@ def _weights(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
 
 
 def _filters(model: nn.Module, layers: Sequence[str]) -> list[Tensor]:
-    """Weights with a filter in each row: so called, or by another name (those of experts) no scales and no biases."""
-    return [
-        parameter.detach()
-        for layer in layers
-        for name, parameter in model.get_submodule(layer).named_parameters(layer, recurse=False)
-        if parameter.ndim > 1 and ("weight" in name or (parameter[0].numel() > 1 and "bias" not in name))
-    ]
+    """Weights with a filter in each row: what is called a weight and what else, as experts, is no scale and no bias."""
+    found = []
+    for layer in layers:
+        _, made, weight = layer.partition(".parametrizations.")  # whose parameters have the name of what they make
+        for name, p in model.get_submodule(layer).named_parameters(weight if made else "", recurse=False):
+            if p.ndim > 1 and ("weight" in name or (p.numel() > max(p.shape) and "bias" not in name)):
+                found.append(p.detach())
+    return found
 
 
 def _scales(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:

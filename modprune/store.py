@@ -87,7 +87,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     check_filled(model)
     check_shaped(model)
     if gone := removed_blocks(model).remove:
-        raise ValueError(f"{path}: the model given has lost {len(gone)} blocks before: give a whole one")
+        raise ValueError(f"{path}: the model given has lost {gone[0]} before: give a whole one")
     for candidate in (deep_copied(model), model):  # all that can fail fails on a copy, before the caller's is touched
         _take_shape(candidate, path, plan, narrowed, tensors)
         fill(candidate, tensors)

@@ -52,8 +52,8 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) 
     problem = problem_with(trial, {}, example_inputs, before, count - 1)
     if problem:
         layers = ", ".join(name for name, _ in plan.width)
-        which = "cut only channels that no shortcut and no output carries"
-        raise RuntimeError(f"cutting channels of {layers:.60} failed: {problem}; the model is as it was: {which}")
+        advice = "cut only channels that no shortcut and no output carries"
+        raise RuntimeError(f"cutting channels of {layers:.60} failed: {problem}; the model is as it was; {advice}")
     done = removed_blocks(trial)  # proven there: nothing has to be found or proven again
     known = dict(zip(done.remove, zip(done.kinds, done.outputs, strict=True), strict=True))
     kinds, outputs = [known[n][0] for n in plan.remove], [known[n][1] for n in plan.remove]
@@ -95,7 +95,8 @@ def remove_blocks(
         if values and len(values) != len(names):
             raise ValueError(f"{len(values)} {what} for {len(names)} blocks: give one each, or none")
     if example_inputs is None:
-        check_shaped(model)
+        for name in names:
+            check_shaped(model.get_submodule(name), name)
         kinds = kinds or [_kind_by_trace(model, name) for name in names]
         forms = outputs or [_form_by_trace(model, name) for name in names]
         swap(model, merged([stand_ins(model, *block) for block in zip(names, kinds, forms, strict=True)]))
@@ -109,7 +110,7 @@ def remove_blocks(
     if problem := problem_with(model, merged(new), example_inputs, before, most, skipped):
         swap(model, originals)
         culprit = _culprit(model, blocks, new, example_inputs, before) or f"{names[0]} and the others together"
-        raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was; ignored_layers keep it")
+        raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was; leave it out")
     _rebuild_graph(model, example_inputs)
     return model
 

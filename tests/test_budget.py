@@ -58,6 +58,13 @@ def test_stages_by_one_measure_come_to_the_choice_at_once(rows, flops, params, b
     )
 
 
+def test_a_part_is_taken_from_what_goes_in_the_end():
+    candidates = [Candidate("a", 0.1, 1, 1), Candidate("b", 0.5, 10, 1), Candidate("c", 0.3, 2, 10)]
+    assert choose_part(candidates, Budget(flops=0.5), Budget(flops=0.05), 20, 20) == ("b",)  # a alone would do for now
+    rest, part = Budget(flops=0.5, params=0.5, blocks=2), Budget(flops=0.25, params=0.25, blocks=1)
+    assert choose_part(candidates, rest, part, 20, 20) == ("c",)  # neither frees a half of both
+
+
 def test_time_takes_the_place_of_macs():
     candidates = [Candidate(str(i), i, 10, 10, nanoseconds=5 * (i + 1)) for i in range(4)]
     assert choose(candidates, Budget(latency=0.3), 100, 100, 100) == ("0", "1", "2")

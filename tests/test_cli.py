@@ -103,7 +103,7 @@ def test_small_scores_are_told_apart(weights, monkeypatch):
     monkeypatch.setattr("modprune.cli.fitted", lambda *_: small)
     text = in_process("plan", "--model", "resnet20", "--weights", weights, "--data", "digits", "--blocks", 2).output
     lines = text.splitlines()[:9]
-    assert [line.split()[1] for line in lines[:5]] == ["-3e-07", "-2e-07", "-1e-07", "+0", "+1e-07"]
+    assert [line.split()[1] for line in lines[:5]] == ["-3.000e-07", "-2.000e-07", "-1.000e-07", "+0.000", "+1.000e-07"]
     assert len({len(line.removesuffix("  remove")) for line in lines}) == 1
 
 

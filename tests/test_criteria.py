@@ -398,6 +398,28 @@ def test_weights_that_are_computed_or_have_other_names_are_filters():
     assert L1Norm()(model, find_blocks(model, x)).mean["0"] == pytest.approx(np.mean(expected))
 
 
+def test_what_is_a_filter_is_told_by_the_parameters_own_name():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.full((2, 1, 1), 1e3)[None])  # (1, 2, 1, 1), as in ResMLP
+
+        def forward(self, x):
+            return x * self.gamma
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unbiased, self.weighting = nn.Module(), Scaled()
+            self.unbiased.up = nn.Parameter(torch.ones(2, 2))
+
+        def forward(self, x):
+            return x + self.weighting((x.movedim(1, -1) @ self.unbiased.up).movedim(-1, 1)).relu()
+
+    model = nn.Sequential(Named())
+    assert L1Norm()(model, find_blocks(model, torch.ones(1, 2, 3, 3))).mean["0"] == 2
+
+
 def test_fitted_stays_a_value():
     made = fitted("consensus", 60)
     assert made == fitted("consensus", 60)

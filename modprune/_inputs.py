@@ -6,6 +6,7 @@ torch-pruning. A batch is `(inputs, labels, ...)` or a dict that holds `labels`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import chain
@@ -48,9 +49,13 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def is_whole(value: object) -> bool:
-    """Whether a value is a whole number, 3.0 among them."""
-    return isinstance(value, Real) and float(value).is_integer()
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, 3.0 and integers of numpy and torch among them."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return isinstance(value, Real) and float(value).is_integer()
+    return True
 
 
 def check_loader(loader: object) -> None:

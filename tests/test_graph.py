@@ -152,6 +152,12 @@ def test_errors_name_what_is_wrong(features, labels, k, message):
         modularity(features, labels, k)
 
 
+def test_k_is_a_whole_number_of_any_kind():
+    features, labels = torch.randn(20, 4), torch.arange(20) % 2
+    expected = modularity(features, labels, 3)
+    assert all(modularity(features, labels, k) == expected for k in (3.0, np.int64(3), np.array(3), torch.tensor(3)))
+
+
 def test_autocast_does_not_coarsen_the_cosines():
     features, labels = data(0, 300, 64, "relu").T.contiguous().T, some_labels(0, 300, 4)
     assert not features.is_contiguous()  # others go by kernels that autocast does not know

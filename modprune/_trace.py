@@ -177,12 +177,7 @@ def _shortcut(block: nn.Module) -> tuple[fx.Graph, fx.Node, fx.Node]:
 
 def _staying(graph: fx.Graph, total: fx.Node, side: fx.Node) -> set[fx.Node]:
     """What a block, and all else that it gives back, is made from once one side of its sum stands for the sum."""
-    seen, stack = {total, side}, [graph.output_node(), side]
-    while stack:
-        new = set(stack.pop().all_input_nodes) - seen
-        seen |= new
-        stack += new
-    return seen - {total}
+    return _behind(graph.output_node(), stop=total) | _behind(side)
 
 
 class _Deep(fx.Tracer):
@@ -310,12 +305,14 @@ def _asks_for_mode(node: fx.Node) -> bool:
         return False
 
 
-def _behind(node: fx.Node, values: bool = False) -> set[fx.Node]:
-    """The node and all that it is made from; or only that whose values it is made from, not their shapes alone."""
+def _behind(node: fx.Node, values: bool = False, stop: fx.Node | None = None) -> set[fx.Node]:
+    """The node and all that it is made from, not past `stop`; or only that whose values it is made from, not their
+    shapes alone.
+    """
     seen, stack = {node}, [node]
     while stack:
         here = stack.pop()
-        new = set() if values and _is_question(here) else set(here.all_input_nodes) - seen
+        new = set() if values and _is_question(here) else set(here.all_input_nodes) - seen - {stop}
         seen |= new
         stack += new
     return seen

@@ -15,8 +15,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    # Intel's have the instruction too, and by it take almost twice float32's time for a convolution: they are made for
-    # AMX, which virtual machines hide. A rule and no measurement: a run that is resumed has to find the same.
+    # Intel's have the instruction too, but convolutions by it take longer than in float32: they are made for AMX, which
+    # virtual machines hide. A rule and no measurement: a run that is resumed has to find the same.
     gains = _has("amx_tile") or (_has("avx512_bf16") and not _is_intels())
     return torch.bfloat16 if device.type == "cpu" and gains else None
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import random
 import signal
 import socket
 from dataclasses import asdict
@@ -177,6 +178,7 @@ class Noisy(Dataset):
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(0)
+        self.names = random.SystemRandom()  # has no state
 
     def __len__(self) -> int:
         return len(DATA)

@@ -7,7 +7,7 @@ import modprune
 
 # Your network, data, optimizer and schedule.
 model = torchvision.models.resnet18(num_classes=4)
-images, labels = torch.randn(64, 3, 64, 64), torch.arange(64) % 4
+images, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 4
 loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=16)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)

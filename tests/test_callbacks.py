@@ -23,7 +23,7 @@ from modprune.surgery import removed_blocks
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers
 DATA = digits(True).subset(torch.arange(256))
 ROWS = [{"pixel_values": x / 255, "labels": y} for x, y in zip(DATA.images, DATA.labels, strict=True)]
-BATCHES = DataLoader(TensorDataset(DATA.images / 255, DATA.labels), 64)
+BATCHES = DataLoader(TensorDataset(DATA.images[:128] / 255, DATA.labels[:128]), 32)
 
 
 class Classifier(pl.LightningModule):
@@ -179,7 +179,7 @@ def test_lightning_measures_the_batches_that_the_step_gets():
     for given in (
         {"precision": "bf16-true"},
         {"precision": "64-true"},
-        {"make": Bytes, "batches": DataLoader(rows, 64)},
+        {"make": Bytes, "batches": DataLoader(rows[:128], 32)},
     ):
         callback = LightningCallback(network="network", at=(1,), blocks=2, criterion=criterion)
         module, _ = train(callback, epochs=2, **given)
@@ -190,7 +190,7 @@ def test_lightning_goes_on_with_the_batches_that_it_would_have_had():
     orders = []
     for callbacks in ([], [LightningCallback(network="network", at=(1,), blocks=1, criterion="block_influence")]):
         own = torch.Generator().manual_seed(0)
-        shuffled = DataLoader(BATCHES.dataset, 64, True, num_workers=1, persistent_workers=True, generator=own)
+        shuffled = DataLoader(BATCHES.dataset, 32, True, num_workers=1, persistent_workers=True, generator=own)
         orders.append(torch.cat(train(*callbacks, epochs=2, batches=shuffled)[0].seen))
     assert torch.equal(*orders)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +20,7 @@ import safetensors.torch
 import torch
 import typer
 from click.testing import Result
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from modprune import PruningPlan, count_params, evaluate, load, studies
@@ -38,6 +41,12 @@ def run(*arguments: object, check: int = 0) -> subprocess.CompletedProcess[str]:
 def in_process(*arguments: object) -> Result:
     """The same without a process of its own, which takes seconds to import torch."""
     return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def in_fork(*arguments: object) -> None:
+    """The same in a process that may be killed, while it holds the lock that all forks share too."""
+    tqdm.set_lock(threading.RLock())
+    in_process(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -239,13 +248,13 @@ def test_killed_and_resumed_ends_like_an_uninterrupted_run(weights, tmp_path):
     assert (arguments["blocks"], arguments["recipe"]["lr"], arguments["seed"]) == (2, 0.05, 0)
 
     cut = tmp_path / "cut"
-    command = [sys.executable, "-m", "modprune", *map(str, prune(weights, cut, *options))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = multiprocessing.get_context("fork").Process(target=in_fork, args=prune(weights, cut, *options))
+    process.start()
     deadline = time.monotonic() + 120
     while not list(cut.glob("checkpoints/epoch-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (cut / "model.safetensors").exists()
     assert "holds the state of a run" in str(in_process(*prune(weights, cut, *options)).exception)
     assert in_process(*prune(weights, cut, *options, "--resume")).exit_code == 0

@@ -286,12 +286,19 @@ def test_cka_over_batches_estimates_that_of_all():
     assert np.mean(parts) == pytest.approx(linear_cka(x, y), abs=0.03)
 
 
-@pytest.mark.parametrize(("make", "size"), [(torchvision.models.resnet18, 32), (torchvision.models.vgg11_bn, 32)])
-def test_ablation_is_the_loss_after_surgery(make, size):
+def vgg(num_classes: int) -> nn.Module:
+    """The plain blocks of VGG without its classifier of a hundred million weights."""
+    layers = torchvision.models.vgg.make_layers([64, "M", 128, "M", 256, 256, "M", 512, 512, "M"], batch_norm=True)
+    return nn.Sequential(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
+
+
+@pytest.mark.parametrize("make", [torchvision.models.resnet18, vgg])
+def test_ablation_is_the_loss_after_surgery(make):
     torch.manual_seed(0)
-    model, images = make(num_classes=10), torch.randn(20, 3, size, size)
+    model, images = make(num_classes=10), torch.randn(20, 3, 32, 32)
     loader = [(images, torch.arange(20) % 10)]
     blocks = find_blocks(model, images[:1])
+    assert blocks
     scores = Ablation(samples=20)(model, blocks, loader).mean
     for block in blocks:
         cut = remove_blocks(copy.deepcopy(model), [block.name], kinds=[block.kind])

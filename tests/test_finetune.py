@@ -9,7 +9,6 @@ import math
 import os
 import random
 import signal
-import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from modprune.evaluate import evaluate
 from modprune.finetune import finetune
 from modprune.models import CifarResNet
 from modprune.recipe import Recipe, warmup_cosine
+from tests.processes import in_two
 
 module = importlib.import_module("modprune.finetune")  # the package shows the function under that name
 DATA = digits(True).subset(torch.arange(256))
@@ -548,10 +548,8 @@ def full_disk(*_: object, **__: object) -> None:
     raise OSError("No space left")
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def learn(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
     module.autocast_dtype = in_float32
     model, history = trained(32, checkpoints=f"{folder}/states")
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
@@ -578,10 +576,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
 
 def test_two_processes_learn_what_one_learns_from_batches_twice_as_large(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "autocast_dtype", in_float32)  # bfloat16 rounds sums of other orders apart
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    in_two(learn, tmp_path, tmp_path)
     first, other = (torch.load(tmp_path / f"{rank}-buffers.pt", weights_only=True) for rank in range(2))
     assert first
     assert all(torch.equal(first[name], other[name]) for name in first)

@@ -108,8 +108,8 @@ def wrapped_model(rank: int) -> dict:
         optimizer.zero_grad()
         F.cross_entropy(fresh(x), y).backward()
         optimizer.step()
-    bare = pruned is wrapper.module
-    return {"told": told, "bare": bare, "mean": mean, "weights": [float(p.double().sum()) for p in pruned.parameters()]}
+    weights = [p.double().sum().item() for p in pruned.parameters()]
+    return {"told": told, "bare": pruned is wrapper.module, "mean": mean, "weights": weights}
 
 
 def sharded_model(rank: int) -> list:
@@ -129,7 +129,7 @@ def sharded_model(rank: int) -> list:
     images, labels = shard(rank)[0]
     loss = F.cross_entropy(pruned(images), labels)
     loss.backward()
-    return [told, float(loss)]
+    return [told, loss.item()]
 
 
 def unseen_by_accelerate(rank: int) -> None:
@@ -153,7 +153,7 @@ CASES = (
 )
 
 
-def _rank(rank: int, folder: str) -> None:
+def _rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -162,7 +162,7 @@ def _rank(rank: int, folder: str) -> None:
             found = case(rank)
         except RuntimeError as error:
             found = f"RuntimeError: {error}"
-        Path(folder, f"{case.__name__}{rank}.json").write_text(json.dumps(found))
+        (folder / f"{case.__name__}{rank}.json").write_text(json.dumps(found))
     dist.barrier()  # gloo aborts a process that takes its group down while the other still reads from it
     dist.destroy_process_group()
 
@@ -170,7 +170,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def of_both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
+    torch.multiprocessing.start_processes(_rank, (folder,), nprocs=2, start_method="fork")
     return lambda case: [json.loads((folder / f"{case.__name__}{rank}.json").read_text()) for rank in range(2)]
 
 

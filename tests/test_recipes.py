@@ -11,8 +11,6 @@ import re
 import runpy
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +27,7 @@ from modprune.checkpoints import states
 from modprune.data import digits
 from modprune.models import resnet20
 from modprune.specs import build_model
+from tests.processes import in_two
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -186,12 +185,9 @@ def test_imagenet(tmp_path, capsys, monkeypatch):
 
 
 def test_imagenet_in_two_processes_without_an_accelerator(tmp_path):
-    _, options = small_imagenet(tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(RECIPES / "imagenet.py"), *options, "--epochs", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("removing") == done.stdout.count("epoch 1: Top-1") == 1
+    imagenet, options = small_imagenet(tmp_path)
+    text = in_two(imagenet.main, tmp_path, imagenet.parse([*options, "--epochs", "1"]))
+    assert text.count("removing") == text.count("epoch 1: Top-1") == 1
     assert json.loads((tmp_path / "out" / "run.json").read_text())["processes"] == 2
 
 
@@ -352,22 +348,13 @@ def test_torchvision_needs_the_same_classes_in_both_folders(tmp_path):
 def test_torchvision_in_two_processes(tmp_path):
     image_folder(tmp_path / "data")
     out = tmp_path / "pruned.safetensors"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(
-            RECIPES / "torchvision_train.py",
-            "--model",
-            "resnet18",
-            "--weights",
-            "none",
-            "--data-dir",
-            tmp_path / "data",
-        ),
+    options = [
+        *("--model", "resnet18", "--weights", "none", "--data-dir", tmp_path / "data"),
         *("--size", 64, "--epochs", 2, "--samples", 12, "--batch-size", 4, "--workers", 0, "--out", out),
     ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2: loss") == 1
+    module = recipe("torchvision_train")
+    text = in_two(module.main, tmp_path, module.parse(list(map(str, options))))
+    assert text.count("epoch 2: loss") == 1
     whole = build_model("torchvision:resnet18")
     whole.fc = torch.nn.Linear(512, 2)
     x = torch.zeros(1, 3, 64, 64)

@@ -8,11 +8,11 @@ from benchmarks.zoo import EXPORTS, LATER, SURGERY, ZOO, check
 
 # Half of the zoo: of each family a network that takes a few seconds.
 QUICK = (
-    *("resnet20", "torchvision:resnet18", "torchvision:resnet34", "torchvision:resnext50_32x4d"),
-    *("torchvision:regnet_x_400mf", "torchvision:regnet_y_400mf", "torchvision:mobilenet_v2"),
+    *("resnet20", "torchvision:resnet18", "torchvision:regnet_x_400mf", "torchvision:regnet_y_400mf"),
+    *("torchvision:mobilenet_v2", "torchvision:efficientnet_b0", "timm:mobilenetv3_large_100", "timm:efficientnet_b0"),
     *("torchvision:mobilenet_v3_small", "torchvision:mnasnet1_0", "torchvision:lraspp_mobilenet_v3_large"),
     *("torchvision:densenet121", "torchvision:googlenet", "torchvision:alexnet", "torchvision:squeezenet1_0"),
-    *("torchvision:shufflenet_v2_x1_0", "timm:skresnet18", "timm:ghostnet_100", "timm:regnety_004"),
+    *("torchvision:shufflenet_v2_x1_0", "timm:skresnet18", "timm:ghostnet_100"),
     *("timm:mambaout_femto", "timm:poolformer_s12", "timm:pvt_v2_b0", "timm:edgenext_xx_small"),
     *("timm:levit_128", "timm:xcit_nano_12_p16_224"),
     *(entry.name for entry in ZOO if entry.name.startswith("transformers:")),

@@ -23,7 +23,7 @@ from modprune.models import resnet20
 
 KILLS, AMID_A_CHECKPOINT = 20, 6
 EPOCHS = KILLS + 2  # no kill lets more than one epoch pass: however fast the machine becomes, the run is not over
-IMAGES = digits(True).subset(torch.arange(192))
+IMAGES = digits(True).subset(torch.arange(128))
 
 
 def run(folder: Path, loader=None, epochs=EPOCHS, **options) -> nn.Module:

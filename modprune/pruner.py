@@ -127,6 +127,20 @@ class ModularityPruner:
         times = everyones(times)[0]  # each process takes its own
         macs = max(count_macs(self.model, self.example_inputs), 1)
         totals = macs, count_params(self.model), times.get("", 0)
+        gone = self._choose(blocks, times, totals)
+        going = {candidate.name for candidate in gone}
+        chosen = [block for block in blocks if block.name in going]
+        # What they share, a later stage has counted as one's own.
+        params = sum(block.params for block in chosen) + tied_params(self.model, chosen)
+        freed = {**_freed(gone, totals), "params": params / totals[1]}
+        assert self.scores is not None
+        parts = {"criterion": name_of(self.criterion), "scores": self.scores.mean, "freed": freed}
+        plan = replace(_plan_for(chosen), **parts)  # type: ignore[arg-type]
+        return plan if self.width is None else self._with_width(plan, self.width, totals)
+
+    def _choose(self, blocks: Blocks, times: Mapping[str, int], totals: _Totals) -> list[Candidate]:
+        """What goes, stage by stage; `scores` are those of the first measurement."""
+        whole = {block.name: block for block in blocks}
         gone: list[Candidate] = []
         model = self.model if self.iterative_steps == 1 else copied(self.model)
         for stage in range(1, self.iterative_steps + 1):
@@ -146,19 +160,11 @@ class ModularityPruner:
             names = choose_part(candidates, rest, part, *totals)
             gone += [candidate for candidate in candidates if candidate.name in names]
             if stage < self.iterative_steps:
-                _plan_for(whole, names).apply(model, self.example_inputs)
+                _plan_for([whole[name] for name in names]).apply(model, self.example_inputs)
                 # What only looks like a block now that others are gone is none of the whole model's.
                 found = find_blocks(model, self.example_inputs)
                 blocks = Blocks([block for block in found if block.name in whole], found.refused)
-        going = {candidate.name for candidate in gone}
-        chosen = [name for name in whole if name in going]
-        blocks_gone = [whole[name] for name in chosen]  # what they share, a later stage has counted as one's own
-        params = sum(block.params for block in blocks_gone) + tied_params(self.model, blocks_gone)
-        freed = {**_freed(gone, totals), "params": params / totals[1]}
-        assert self.scores is not None
-        parts = {"criterion": name_of(self.criterion), "scores": self.scores.mean, "freed": freed}
-        plan = replace(_plan_for(whole, chosen), **parts)  # type: ignore[arg-type]
-        return plan if self.width is None else self._with_width(plan, self.width, totals)
+        return gone
 
     def _with_width(self, plan: PruningPlan, width: float, totals: _Totals) -> PruningPlan:
         """The plan with the channels to cut once its blocks are gone; all on a copy."""
@@ -175,9 +181,8 @@ class ModularityPruner:
         return replace(plan, width=cuts, freed={**plan.freed, "flops": 1 - left[0], "params": 1 - left[1]})
 
 
-def _plan_for(blocks: Mapping[str, Block], names: Sequence[str]) -> PruningPlan:
-    gone = [blocks[name] for name in names]
-    return PruningPlan(tuple(names), tuple(b.kind for b in gone), tuple(b.outputs for b in gone))
+def _plan_for(gone: Sequence[Block]) -> PruningPlan:
+    return PruningPlan(tuple(b.name for b in gone), tuple(b.kind for b in gone), tuple(b.outputs for b in gone))
 
 
 def _fingerprint(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:

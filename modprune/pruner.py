@@ -122,8 +122,7 @@ class ModularityPruner:
 
     def _make_plan(self) -> PruningPlan:
         blocks = find_blocks(self.model, self.example_inputs)
-        whole = {block.name: block for block in blocks}
-        times = {} if self.budget.latency is None else _nanoseconds(self.model, whole, self.example_inputs)
+        times = {} if self.budget.latency is None else _nanoseconds(self.model, blocks, self.example_inputs)
         times = everyones(times)[0]  # each process takes its own
         macs = max(count_macs(self.model, self.example_inputs), 1)
         totals = macs, count_params(self.model), times.get("", 0)
@@ -210,21 +209,21 @@ def _retire(wrapper: nn.Module) -> None:
     warnings.warn(f"blocks were removed from a model in {kind}: {due}", stacklevel=3)
 
 
-def _nanoseconds(model: nn.Module, blocks: Mapping[str, Block], example_inputs: Any) -> dict[str, int]:
+def _nanoseconds(model: nn.Module, blocks: Blocks, example_inputs: Any) -> dict[str, int]:
     """The time of the model, under "", and what is saved of it by each block; equal blocks get their mean.
 
     A block whose shortcut stays saves the share of its time that it saves of its MACs.
     """
-    parts = {name: {*block.layers, block.end} if block.kind == "plain" else {name} for name, block in blocks.items()}
+    parts = {b.name: {*b.layers, b.end} if b.kind == "plain" else {b.name} for b in blocks}
     seconds = latency_by_module(model, sorted(set().union(*parts.values())), example_inputs)
     macs = macs_by_module(model, example_inputs)
-    whole = {name: sum(seconds[part] for part in parts[name]) for name in blocks}
-    saved = {name: whole[name] * block.macs / max(macs[name], 1) for name, block in blocks.items()}
     alike: dict[tuple[Any, ...], list[float]] = {}
-    for name, block in blocks.items():
-        alike.setdefault((block.kind, block.macs, block.params), []).append(saved[name])
+    for block in blocks:
+        whole = sum(seconds[part] for part in parts[block.name])
+        saved = whole * block.macs / max(macs[block.name], 1)
+        alike.setdefault((block.kind, block.macs, block.params), []).append(saved)
     mean = {key: sum(values) / len(values) for key, values in alike.items()}
-    times = {name: mean[block.kind, block.macs, block.params] for name, block in blocks.items()}
+    times = {block.name: mean[block.kind, block.macs, block.params] for block in blocks}
     return {name: round(1e9 * value) for name, value in {"": seconds[""], **times}.items()}
 
 

@@ -1,4 +1,4 @@
-"""Two processes with what a launcher tells them. Forks: importing all the libraries anew takes ten seconds each."""
+"""Two processes with what a launcher tells them. Forks, which need not import the libraries anew."""
 
 from __future__ import annotations
 

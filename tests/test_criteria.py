@@ -286,13 +286,13 @@ def test_cka_over_batches_estimates_that_of_all():
     assert np.mean(parts) == pytest.approx(linear_cka(x, y), abs=0.03)
 
 
-def vgg(num_classes: int) -> nn.Module:
-    """The plain blocks of VGG without its classifier of a hundred million weights."""
-    layers = torchvision.models.vgg.make_layers([64, "M", 128, "M", 256, 256, "M", 512, 512, "M"], batch_norm=True)
-    return nn.Sequential(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
+def vgg11_bn(num_classes: int) -> nn.Module:
+    """torchvision's, but for the classifier of a hundred million weights."""
+    features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"], batch_norm=True)
+    return nn.Sequential(features, nn.Flatten(), nn.Linear(512, num_classes))
 
 
-@pytest.mark.parametrize("make", [torchvision.models.resnet18, vgg])
+@pytest.mark.parametrize("make", [torchvision.models.resnet18, vgg11_bn])
 def test_ablation_is_the_loss_after_surgery(make):
     torch.manual_seed(0)
     model, images = make(num_classes=10), torch.randn(20, 3, 32, 32)

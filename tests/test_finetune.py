@@ -551,26 +551,25 @@ def full_disk(*_: object, **__: object) -> None:
 def learn(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     module.autocast_dtype = in_float32
-    model, history = trained(32, checkpoints=f"{folder}/states")
-    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-    with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump(history, file)
+    model, history = trained(32, checkpoints=folder / "states")
+    torch.save(model.state_dict(), folder / f"{rank}.pt")
+    (folder / f"{rank}.json").write_text(json.dumps(history))
     module.Means.every = 1  # steps between the looks at what the others are told
     for shuffled in (False, True):
-        broken, alone = (Path(folder) / f"{name}-{shuffled}" for name in ("broken", "alone"))
+        broken, alone = (folder / f"{name}-{shuffled}" for name in ("broken", "alone"))
         with pytest.raises(SystemExit, match="143"):
             broken_off(broken, 3 if rank else 0, shuffled)
         assert [state.name for state in states(broken)] == ["epoch-0001-step-0000001"]
         assert same(broken_off(broken, 0, shuffled), broken_off(alone, 0, shuffled))
     in_step = network()
     finetune(in_step, loader(), epochs=1, progress=False)
-    torch.save(dict(in_step.named_buffers()), f"{folder}/{rank}-buffers.pt")
+    torch.save(dict(in_step.named_buffers()), folder / f"{rank}-buffers.pt")
     if rank == 0:  # while the other one writes what is its own
         accelerate.accelerator.save_accelerator_state = full_disk
     with pytest.raises(OSError, match=r"state after epoch 1 cannot be written \(No space left\); is the disk full\?"):
-        finetune(network(), loader(), epochs=1, checkpoints=f"{folder}/full", progress=False)
+        finetune(network(), loader(), epochs=1, checkpoints=folder / "full", progress=False)
     torch.distributed.barrier()  # the first tidies up
-    assert not list(Path(folder, "full").iterdir())
+    assert not list((folder / "full").iterdir())
     torch.distributed.destroy_process_group()
 
 

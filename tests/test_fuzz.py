@@ -21,7 +21,7 @@ from modprune import PruningPlan, load, save
 from modprune.models import CifarResNet
 from modprune.store import checksum
 
-EXAMPLES = int(os.environ.get("MODPRUNE_FUZZ", "40"))
+EXAMPLES = int(os.environ.get("MODPRUNE_FUZZ", "60"))
 FUZZ = settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck), derandomize=True)
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

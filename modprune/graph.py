@@ -16,9 +16,10 @@ from torch import Tensor
 
 from modprune._inputs import is_whole
 
-# Up to this many samples with features this long, the whole matrix of similarities is held (256 MiB): its symmetry
-# saves half of the products. Otherwise rows are worked off in blocks that stay in the cache between the steps.
-WHOLE, LONG = 8192, 1024
+# Up to this many samples (256 MiB), and this many a column of the features, the whole matrix of similarities is held:
+# its symmetry saves half of the products. Otherwise rows are worked off in blocks that stay in the cache between the
+# steps, which costs less than to mirror a matrix that is large beside its features.
+WHOLE, A_COLUMN = 8192, 8
 BLOCK = 2**21
 # Columns of such a matrix that are computed at a time: narrower panels multiply more slowly, wider ones compute more
 # entries twice.
@@ -70,8 +71,8 @@ def modularity(features: Tensor, labels: Tensor, k: int = 3) -> float:
 def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
     """The k-nearest-neighbour graph of (N, ...) floating point features by cosine similarity.
 
-    Memory beside the features: N x N float32 for up to 8192 samples with long features; else N k and
-    a block of rows.
+    Memory beside the features: N x N float32 for up to eight samples a column of the features, 8192 at most; else N k
+    and a block of rows.
 
     Raises:
         ValueError: if features are not floating point, hold NaN or infinity or no columns, or `k` is not in 1..N-1.
@@ -85,7 +86,7 @@ def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
         rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         norms = _norms(rows)
     inverse = _inverse(norms)
-    if len(rows) <= WHOLE and rows.shape[1] >= LONG:
+    if len(rows) <= min(WHOLE, A_COLUMN * rows.shape[1]):
         return _nearest(inner_products(rows), inverse, k)
     size = max(1, BLOCK // len(rows))
     # In one place from the start: small pieces kept between the blocks would keep the heap from using these again.

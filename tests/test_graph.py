@@ -123,7 +123,7 @@ def test_row_blocks_gram_layouts_and_types_agree(monkeypatch):
     assert modularity(features, labels, 3.0) == modularity(features, labels, np.int64(3)) == q
     monkeypatch.setattr(modprune.graph, "BLOCK", 300 * 7)
     assert modularity(features, labels) == pytest.approx(q, abs=1e-6)
-    monkeypatch.setattr(modprune.graph, "LONG", 1)
+    monkeypatch.setattr(modprune.graph, "A_COLUMN", 300)
     assert modularity(features, labels) == pytest.approx(q, abs=1e-6)
 
 

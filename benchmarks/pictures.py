@@ -18,7 +18,8 @@ from modprune import ModularityCurve
 from modprune.picture import BLUE, GREY, RED, save_picture
 
 LEFT, BELOW = {"xytext": (-7, 0), "ha": "right", "va": "center"}, {"xytext": (-6, -8), "ha": "left", "va": "top"}
-SIDES = (LEFT, LEFT, BELOW, LEFT)  # of the star of each of `OURS` where its name hides none
+ABOVE = {"xytext": (0, 7), "ha": "center", "va": "bottom"}
+SIDES = (LEFT, ABOVE, BELOW, LEFT)  # of the star of each of `OURS` where its name hides none
 MARKS = {"blocks": ("s", BLUE), "channels": ("o", GREY)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 from modprune._files import check_path
 from modprune.criteria import CRITERIA
 from modprune.models import MODELS
-from modprune.specs import DATA
+from modprune.specs import DATA, FORMS, data_parts, model_parts
 
 
 def _one_of(choices: Collection[str]) -> Any:
@@ -24,21 +24,20 @@ def _one_of(choices: Collection[str]) -> Any:
     return check
 
 
-def check_model(value: str) -> str:
-    """A spec as given; raises typer.BadParameter for one that can name nothing."""
-    if value not in MODELS and ":" not in value:
-        raise typer.BadParameter(
-            f"{value!r} is unknown: give one of {', '.join(MODELS)}, torchvision:NAME, timm:NAME, "
-            "transformers:NAME or path/to/file.py:function"
-        )
-    return value
+def _spec(parts: Callable[[str], tuple[str, str]]) -> Callable[[str], str]:
+    """What lets a spec through as given; it raises typer.BadParameter for one that can name nothing."""
+
+    def check(value: str) -> str:
+        try:
+            parts(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        return value
+
+    return check
 
 
-def check_data(value: str) -> str:
-    """A spec as given; raises typer.BadParameter for one that can name nothing."""
-    if value not in DATA and ".py:" not in value:
-        raise typer.BadParameter(f"{value!r} is unknown: give one of {', '.join(DATA)} or path/to/file.py:function")
-    return value
+check_model, check_data = _spec(model_parts), _spec(data_parts)
 
 
 def _fraction(value: float | None) -> float | None:
@@ -60,10 +59,7 @@ def to_write(value: Path | None) -> Path | None:
     return value
 
 
-_NETWORKS = (
-    f"{', '.join(MODELS)}; or torchvision:NAME, timm:NAME, transformers:NAME, path/to/file.py:function "
-    "(a file of yours: it is run)."
-)
+_NETWORKS = f"{', '.join(MODELS)}; or {FORMS} (a file of yours: it is run)."
 Model = Annotated[str, typer.Option(help=f"Network: {_NETWORKS}", callback=check_model)]
 Weights = Annotated[Path, typer.Option(help="Its trained weights: a .th, .pt or .safetensors file.")]
 _DATA_SETS = f"{', '.join(DATA)}; or path/to/file.py:function (a file of yours: it is run)."

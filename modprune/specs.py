@@ -43,17 +43,24 @@ def build_model(spec: str, num_classes: int = 10) -> nn.Module:
     >>> sum(p.numel() for p in build_model("resnet56").parameters())
     853018
     """
+    source, name = model_parts(spec)
+    if not source:
+        return MODELS[name](num_classes=num_classes)
+    return _made(f"model {spec!r}", nn.Module, _LIBRARIES.get(source) or _from_file(Path(source)), name)
+
+
+def model_parts(spec: str) -> tuple[str, str]:
+    """Where the network that `spec` names comes from, "" for a built-in one, and its name there.
+
+    Raises:
+        ValueError: if the spec can name nothing.
+    """
     source, _, name = spec.partition(":")
     if source not in _LIBRARIES:
         source, _, name = spec.rpartition(":")  # a path may have a colon itself
-    if not source:
-        if name in MODELS:
-            return MODELS[name](num_classes=num_classes)
-        raise ValueError(f"model {spec!r} is unknown: give one of {', '.join(MODELS)}, or {FORMS}")
-    build = _LIBRARIES.get(source) or (_from_file(Path(source)) if source.endswith(".py") else None)
-    if build is None or not name:
-        raise ValueError(f"model {spec!r} is not of the form {FORMS}")
-    return _made(f"model {spec!r}", nn.Module, build, name)
+    if name in MODELS if not source else name and (source in _LIBRARIES or source.endswith(".py")):
+        return source, name
+    raise ValueError(f"model {spec!r} is unknown: give one of {', '.join(MODELS)}, or {FORMS}")
 
 
 def load_data(spec: str, folder: str | Path, train: bool) -> ImageData:
@@ -72,12 +79,22 @@ def load_data(spec: str, folder: str | Path, train: bool) -> ImageData:
     >>> load_data("digits", "", train=False).images.shape
     torch.Size([360, 3, 8, 8])
     """
-    if spec in DATA:
-        return DATA[spec](Path(folder), train)
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not name:
-        raise ValueError(f"data {spec!r} is unknown: give one of {', '.join(DATA)}, or path/to/file.py:function")
+    path, name = data_parts(spec)
+    if not path:
+        return DATA[name](Path(folder), train)
     return _made(f"data {spec!r}", ImageData, _from_file(Path(path)), name, train)
+
+
+def data_parts(spec: str) -> tuple[str, str]:
+    """The file that makes the data set that `spec` names, "" for a built-in one, and the name of the function there.
+
+    Raises:
+        ValueError: if the spec can name nothing.
+    """
+    path, _, name = spec.rpartition(":")
+    if name in DATA if not path else name and path.endswith(".py"):
+        return path, name
+    raise ValueError(f"data {spec!r} is unknown: give one of {', '.join(DATA)}, or path/to/file.py:function")
 
 
 def data_shape(spec: str) -> tuple[int, tuple[int, ...]]:

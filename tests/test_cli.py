@@ -120,6 +120,8 @@ def test_small_scores_are_told_apart(weights, monkeypatch):
     ("arguments", "code", "message"),
     [
         (["blocks", "--model", "resnet57"], 2, "'resnet57' is unknown: give one of resnet20"),
+        (["blocks", "--model", "keras:vgg"], 2, "'keras:vgg' is unknown: give one of resnet20"),
+        (["blocks", "--model", "resnet20", "--data", "mine.py:"], 2, "'mine.py:' is unknown: give one of cifar10"),
         (["plan", "--model", "resnet20", "--weights", "w", "--flops", "1.5"], 2, "1.5 is not a fraction"),
         (["curve", "--model", "resnet20", "--weights", "w", "--data", "x"], 2, "'x' is unknown: give one of cifar10"),
         (

@@ -12,6 +12,7 @@ from modprune._inputs import opened, tensors_in
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
 SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
 FACTORS = ("MulBackward", "DivBackward")
+JOINS = (*SUMS, *FACTORS, "Lerp", "Maximum", "Minimum", "Where", "Stack", "IndexAdd", "Baddbmm")
 LINEAR = ("Convolution", "Addmm", "Mm", "Bmm", "UnsafeView", *FACTORS)
 ACTIVATIONS = (
     *("Relu", "Hardtanh", "Gelu", "Silu", "Hardswish", "LeakyRelu", "Elu", "Mish", "Clamp", "Threshold", "Softplus"),
@@ -46,9 +47,15 @@ def leads(start: Edge, end: Edge) -> bool:
         if here == start:
             return True
         if here not in seen and here[0] is not None and is_any(here[0], SUMS + ACTIVATIONS + LAYOUT):
-            stack += here[0].next_functions
+            stack += here[0].next_functions if is_any(here[0], SUMS) else [_changed(here)]
         seen.add(here)
     return False
+
+
+def _changed(made: Edge) -> Edge:
+    """The value that an activation or a change of layout has changed: hooks on gradients hand on several at a time."""
+    node, output = made
+    return node.next_functions[output if is_any(node, ("BackwardHookFunction",)) else 0]
 
 
 def is_any(node: Any, kinds: tuple[str, ...]) -> bool:
@@ -107,7 +114,7 @@ def identity_path(end: Edge, start: Edge, norms: Mapping[Edge, Edge], without: C
         seen.add(step)
         inputs = here[0].next_functions
         if not is_any(here[0], SUMS):
-            stack.append((inputs[0], added, normed or is_any(here[0], NORMS)))
+            stack.append((_changed(here), added, normed or is_any(here[0], NORMS)))
             continue
         for i in _unscaled(here[0]):
             others = [node for j, (node, _) in enumerate(inputs) if j != i and node not in (None, start[0])]
@@ -145,18 +152,27 @@ def _unscaled(node: Any) -> tuple[int, ...]:
     return (0, 1) if is_any(node, ("AddBackward",)) and getattr(node, "_saved_alpha", 1) == 1 else (0,)
 
 
-def last_sum(end: Any, factors: tuple[str, ...] = ()) -> Any:
+def last_sum(end: Edge, factors: tuple[str, ...] = ()) -> Any:
     """The node of the sum that ends a computation, but for activations, changes of layout and `factors`; else None.
 
     Of two values as they are and of its own shape: in the place of the sum, a smaller one would not fit.
     """
-    while (is_any(end, ACTIVATIONS + LAYOUT) and end.next_functions[0][0] is not None) or (
-        is_any(end, SUMS + factors) and len(operands(end)) == 1  # with a number, as where RepVGG has no identity
-    ):
-        end = operands(end)[0]
-    if not is_any(end, SUMS) or _unscaled(end) != (0, 1) or len(operands(end)) != 2:
+    while (before := _before(end, factors)) is not None:
+        end = before
+    node, made = end[0], [before for before in end[0].next_functions if before[0] is not None]
+    if not is_any(node, SUMS) or _unscaled(node) != (0, 1) or len(made) != 2:
         return None
-    return end if all(_shape(made) == _shape((end, 0)) for made in end.next_functions if made[0]) else None
+    return node if all(_shape(before) == _shape((node, 0)) for before in made) else None
+
+
+def _before(made: Edge, factors: tuple[str, ...]) -> Edge | None:
+    """The value before an activation, a change of layout, or a sum or factor with a number; None if none of these."""
+    if is_any(made[0], ACTIVATIONS + LAYOUT):
+        before = _changed(made)
+        return before if before[0] is not None else None
+    inputs = [before for before in made[0].next_functions if before[0] is not None]
+    with_number = is_any(made[0], SUMS + factors) and len(inputs) == 1  # as where RepVGG has no identity
+    return inputs[0] if with_number else None
 
 
 def _shape(made: Edge) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from modprune._autograd import Edge, differentiable_tensors, edge, leads
-from modprune._inputs import arguments, call, first_line, first_tensor, map_tensors, opened
+from modprune._inputs import arguments, call, first_line, first_tensor, has_gradients, map_tensors, opened
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Call:
 
     Attributes:
         x, start: the first tensor that went in, and where it stands in autograd's graph.
+        given: where all the tensors that went in stand there, before the module may have written into them.
         end, shape: the same of the first tensor that came out; `end` is None if it depends on nothing.
         form: "" if a tensor or a tuple came out, or a named one such as the first that went in; else the type's name.
         outputs: for each item of the tuple that came out, the argument that it is like by position; -1 for none.
@@ -37,6 +38,7 @@ class Call:
     kwargs: dict[str, Any]
     x: Tensor
     start: Edge
+    given: tuple[Edge, ...] = ()
     end: Edge | None = None
     shape: torch.Size | None = None
     form: str = ""
@@ -79,7 +81,8 @@ def record_calls(model: nn.Module, inputs: Any, leaves: bool = False) -> tuple[d
                 with torch.no_grad():
                     values[start] = x.clone()
             seen = values[start] if start in values else x.detach()
-            calls[name] = Call(name, module, args, kwargs, seen, start, times=times[name])
+            given = tuple(made for tensor in differentiable_tensors([args, kwargs]) if (made := edge(tensor)))
+            calls[name] = Call(name, module, args, kwargs, seen, start, given, times=times[name])
 
     @_unseen
     def after(name: str, module: nn.Module, args: Any, out: Any) -> None:
@@ -179,5 +182,5 @@ def _unseen(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _differentiable(tensor: Tensor) -> Tensor:
-    """A floating-point tensor with gradients, so that blocks right at the input are seen too; others as they are."""
-    return tensor.detach().clone().requires_grad_().clone() if tensor.is_floating_point() else tensor
+    """A tensor with gradients, so that blocks right at the input are seen too; one of integers as it is."""
+    return tensor.detach().clone().requires_grad_().clone() if has_gradients(tensor) else tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,8 +28,7 @@ def dependency_graph(model: nn.Module, example_inputs: Any) -> Any:
     Raises:
         RuntimeError: if the model cannot run on `example_inputs` or torch-pruning cannot trace it; one line.
     """
-    import torch_pruning
-
+    torch_pruning = _imported()
     inputs = to_device(example_inputs, device_of(model))
     with _visited(model), traceable(model), _odd_reshapes_unmapped():
         return torch_pruning.DependencyGraph().build_dependency(
@@ -44,8 +44,7 @@ def prune_channels(model: nn.Module, example_inputs: Any, ratio: float, layers: 
     Raises:
         RuntimeError: if torch-pruning fails; one line.
     """
-    import torch_pruning
-
+    torch_pruning = _imported()
     inputs = to_device(example_inputs, device_of(model))
     ignored = [m for m in model.modules() if layers.isdisjoint(m.modules())]
     with _forms_kept(model), _visited(model):
@@ -69,6 +68,15 @@ def cut_channels(model: nn.Module, example_inputs: Any, cuts: Iterable[Cut]) -> 
     graph = dependency_graph(model, example_inputs)
     with _forms_kept(model), _visited(model):
         graph.load_pruning_history([[name, True, list(channels)] for name, channels in cuts])
+
+
+def _imported() -> Any:
+    """torch-pruning. It imports timm in a bare except, which swallows Ctrl-C for seconds: here that goes first."""
+    with suppress(Exception):
+        importlib.import_module("timm")
+    import torch_pruning
+
+    return torch_pruning
 
 
 def _differentiable(output: Any) -> list[Any]:

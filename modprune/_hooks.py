@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from modprune._inputs import first_tensor
+from modprune._inputs import first_tensor, map_tensors
 
 
 @contextmanager
@@ -46,4 +46,17 @@ def comparing(
     with ExitStack() as hooks, listening({name: last for name, (_, last) in spans.items()}, after):
         for name, (first, _) in spans.items():
             hooks.enter_context(first.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+        yield
+
+
+@contextmanager
+def copying(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """These modules are given copies: what others write into what they hand on does not reach its owner."""
+
+    def copies(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return map_tensors(Tensor.clone, (args, kwargs))
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(copies, with_kwargs=True))
         yield

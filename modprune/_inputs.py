@@ -110,6 +110,11 @@ def like(value: Any, items: list[Any]) -> Any:
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
+def has_gradients(tensor: Tensor) -> bool:
+    """Whether a tensor can require gradients, by its type."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """The first of `tensors_in`; None if there is none."""
     return next(tensors_in(value), None)

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from modprune._hooks import comparing
-from modprune._inputs import batch_size, call, device_of, first_line, first_tensor, opened, to_device
+from modprune._hooks import comparing, copying
+from modprune._inputs import (
+    batch_size,
+    call,
+    device_of,
+    first_line,
+    first_tensor,
+    has_gradients,
+    map_tensors,
+    opened,
+    tensors_in,
+    to_device,
+)
 from modprune._probe import differ, filled
 from modprune._random import is_untouched, random_state
 from modprune._state import evaluating, state_kept, traceable
 from modprune.blocks import Block
 from modprune.bypass import merged, swap
 from modprune.cost import count_params
+
+
+def shown_to(model: nn.Module, example_inputs: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    """What a proof shows to a model, and the shapes of what it gives.
+
+    Noise in the place of a first tensor that is one number throughout, if the model runs on it: of zeros, a network
+    without biases makes zeros, whatever is taken out of it.
+    """
+    x = first_tensor(example_inputs)
+    if x is not None and x.is_floating_point() and x.numel() > 1 and (x == x.flatten()[0]).all():
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        shown = map_tensors(lambda tensor: noise if tensor is x else tensor, example_inputs)
+        with suppress(Exception):
+            return shown, shapes_of(outputs_of(model, shown))
+    return example_inputs, shapes_of(outputs_of(model, example_inputs))
 
 
 def skipped_outputs(
@@ -52,12 +79,12 @@ def skipped_outputs(
             stack.enter_context(filled(module, 0))
         stack.enter_context(comparing({name: (module, module) for name, module in modules.items()}, look))
         with torch.no_grad(), evaluating(model), state_kept(model):
-            dice = random_state(None)
+            dice = random_state(model)
             try:
                 made = _run(model, example_inputs)
             except Exception:  # of the others, and said when all have gone
                 return []
-            comparable = is_untouched(dice)  # before they are put back
+            comparable = is_untouched(dice, model)  # before they are put back
     if changed:
         inexact = [replace(block, exact=block.exact and block.name not in changed) for block in blocks]
         return skipped_outputs(model, inexact, new, example_inputs)
@@ -74,16 +101,8 @@ def problem_with(
 ) -> str:
     """What is wrong with a pruned model that has `new` in the blocks' places; empty if nothing is."""
     passed: dict[str, tuple[Tensor | None, int]] = {}
-
-    def look(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if module is not new[name]:
-            return  # the block itself, whose hooks it has
-        x = first_tensor((args, kwargs))
-        passed[name] = (x, x._version) if x is not None and x is first_tensor(out) else (None, 0)
-
-    with ExitStack() as hooks:
-        for name, module in new.items():
-            hooks.enter_context(module.register_forward_hook(partial(look, name), with_kwargs=True))
+    inputs: set[int] = set()
+    with _watching(model, new, passed, inputs), _dropping(model, 1):
         try:
             outputs = outputs_of(model, example_inputs)
         except Exception as error:
@@ -95,37 +114,78 @@ def problem_with(
         return f"{count:,} parameters are left where {most:,} at most were expected"
     if past := [name for name in new if name not in passed]:
         return f"{past[0]} is not called by that name: hold it in a ModuleList or as an attribute alone"
-    written = [name for name, (x, version) in passed.items() if x is not None and x._version != version]
-    if written and not _is_harmless(model, [new[name] for name in written], example_inputs, outputs):
-        return f"a layer writes in place into what now goes through {written[0]}: make it one that does not"
+    written = {name: x for name, (x, version) in passed.items() if x is not None and x._version != version}
+    is_input = any(_memory(x) in inputs for x in written.values())
+    if is_input or (written and not _is_harmless(model, [new[name] for name in written], example_inputs)):
+        return f"a layer writes in place into what now goes through {next(iter(written))}: make it one that does not"
     if skipped and not _same(outputs, skipped):
         return "the output is not that of skipped blocks: some part of the network looks at them or at what they hold"
     return ""
 
 
-def _is_harmless(model: nn.Module, passing: Sequence[nn.Module], example_inputs: Any, outputs: list[Tensor]) -> bool:
-    """Whether the outputs are those with copies passed on, and gradients can be had."""
+@contextmanager
+def _watching(
+    model: nn.Module, new: Mapping[str, nn.Module], passed: dict[str, tuple[Tensor | None, int]], inputs: set[int]
+) -> Iterator[None]:
+    """Notes what goes into the modules that are new, and how often it has been written to by then; views count with it.
 
-    def copied(module: nn.Module, args: Any, out: Any) -> Any:
-        return torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, out)
+    And the memory of what the model is given.
+    """
+
+    def look(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is new[name]:  # not the block itself, whose hooks it has
+            x = first_tensor((args, kwargs))
+            passed[name] = (x, 0 if x is None else x._version)
+
+    def start(module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs.update(map(_memory, tensors_in((args, kwargs))))
 
     with ExitStack() as hooks:
-        for module in passing:
-            hooks.enter_context(module.register_forward_hook(copied))
-        same = all(map(torch.equal, outputs, outputs_of(model, example_inputs)))
-    try:
-        with traceable(model):
-            made = _run(model, example_inputs)
-            sums = [tensor.sum() for tensor in made if tensor.requires_grad]
-            torch.autograd.grad(sums, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-    except RuntimeError:
-        return False
+        hooks.enter_context(model.register_forward_pre_hook(start, with_kwargs=True))
+        for name, module in new.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(look, name), with_kwargs=True))
+        yield
+
+
+@contextmanager
+def _dropping(model: nn.Module, factor: float) -> Iterator[None]:
+    """Dropout in place writes in eval mode too, as it does in training: `factor` times what there is."""
+
+    def write(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if (x := first_tensor((args, kwargs))) is not None:
+            x.mul_(factor)
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, _DropoutNd) and module.inplace and module.p:
+                hooks.enter_context(module.register_forward_pre_hook(write, with_kwargs=True))
+        yield
+
+
+def _memory(tensor: Tensor) -> int:
+    """The same number for views of one tensor."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def _is_harmless(model: nn.Module, passing: Sequence[nn.Module], example_inputs: Any) -> bool:
+    """Whether the outputs are those with copies passed on, and gradients can be had."""
+    with _dropping(model, 0.5):
+        outputs = outputs_of(model, example_inputs)
+        with copying(passing):
+            same = all(map(torch.equal, outputs, outputs_of(model, example_inputs)))
+        try:
+            with traceable(model):
+                made = _run(model, example_inputs)
+                sums = [tensor.sum() for tensor in made if tensor.requires_grad]
+                torch.autograd.grad(sums, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        except RuntimeError:
+            return False
     return same
 
 
 def _same(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Whether outputs have those values; of what is found or counted, which ties may turn, nothing is said."""
-    if not all(tensor.is_floating_point() for tensor in outputs) or shapes_of(outputs) != shapes_of(expected):
+    if not all(map(has_gradients, outputs)) or shapes_of(outputs) != shapes_of(expected):
         return True
     return not any(map(differ, outputs, expected))
 

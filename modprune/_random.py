@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from accelerate.state import GradientState
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 
@@ -22,6 +23,8 @@ COUNTS = ("epoch", "iteration", "end_of_dataloader", "remainder")
 @contextmanager
 def undisturbed(loader: object) -> Iterator[None]:
     """A loader may be read inside the block; its owner then goes on as if it had not been, amid an epoch too.
+
+    So may a model be run that has generators of its own.
 
     Put back are all random generators, what an `ImageLoader`, or accelerate's loaders and samplers, count passes by and
     whether accelerate is in one, and the pass under way of a DataLoader whose workers persist, if any: another would
@@ -59,9 +62,9 @@ def random_state(loader: object) -> dict[str, Any]:
     }
 
 
-def is_untouched(state: dict[str, Any]) -> bool:
-    """Whether no generator has been drawn from since `state = random_state(None)`."""
-    before, now = tree_leaves(state), tree_leaves(random_state(None))
+def is_untouched(state: dict[str, Any], loader: object) -> bool:
+    """Whether no generator has been drawn from since `state = random_state(loader)`."""
+    before, now = tree_leaves(state), tree_leaves(random_state(loader))
     same = (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(before, now, strict=False))
     return len(before) == len(now) and all(same)
 
@@ -120,8 +123,11 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 def _parts(loader: object) -> list[Any]:
-    """A loader, the one that it wraps as accelerate does, its samplers and data, those with attributes of their own."""
-    parts = [loader]
+    """A loader, the one that it wraps as accelerate does, its samplers and data, those with attributes of their own.
+
+    Of a model, all modules.
+    """
+    parts = [*loader.modules()] if isinstance(loader, nn.Module) else [loader]
     for part in parts:
         inner = [getattr(part, name, None) for name in ("base_dataloader", "sampler", "batch_sampler")]
         parts += [one for one in inner if one is not None and all(one is not other for other in parts)]

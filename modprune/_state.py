@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from modprune._inputs import first_line
+from modprune._inputs import first_line, has_gradients
 from modprune._random import undisturbed
 
 TORCHS_OWN = frozenset(vars(nn.Module()))
@@ -54,7 +54,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
     Attention goes without torch's fast path, which hands nested tensors from layer to layer: hooks cannot read them.
     """
-    with modes_kept(model), plain_attention(), undisturbed(None):
+    with modes_kept(model), plain_attention(), undisturbed(model):
         if any(module.training for module in model.modules()):
             model.eval()
         yield model
@@ -117,7 +117,7 @@ def traceable(model: nn.Module) -> Iterator[nn.Module]:
     Modes, RNG state, `requires_grad`, buffers and attributes are restored: a module that has cached a tensor with a
     graph could not be copied.
     """
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    frozen = [p for p in model.parameters() if not p.requires_grad and has_gradients(p)]
     try:
         with torch.inference_mode(False), torch.enable_grad(), evaluating(model), state_kept(model):
             for parameter in frozen:

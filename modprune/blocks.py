@@ -18,13 +18,12 @@ from torch.utils._pytree import tree_leaves
 from modprune._autograd import (
     ACTIVATIONS,
     FACTORS,
+    JOINS,
     LAYOUT,
     LINEAR,
     SUMS,
     Edge,
     between,
-    differentiable_tensors,
-    edge,
     identity_path,
     is_any,
     is_parameter,
@@ -233,7 +232,7 @@ def _is_more_than(outer: Call, kind: str, inner: Sequence[Call], norms: Mapping[
         if kind != "transition" or not all(is_any(node, LINEAR + SUMS + LAYOUT) or is_parameter(node) for node in own):
             size += sum(call.own.values())
     if kind == "transition":
-        adds = last_sum(outer.end[0], FACTORS) not in inside
+        adds = last_sum(outer.end, FACTORS) not in inside
     else:
         adds = identity_path(outer.end, outer.start, norms, without=inside) == "branch"
     return adds and 3 * sum(outer.own.values()) >= 4 * size
@@ -251,8 +250,8 @@ def _kind(seen: Call, norms: Mapping[Edge, Edge]) -> str:
     path = identity_path(seen.end, seen.start, norms) if seen.shape == seen.x.shape else ""
     if path == "branch" or (path == "other" and _is_fed(seen)):
         return "identity"
-    whole = last_sum(seen.end[0])
-    total = last_sum(seen.end[0], FACTORS) if whole is None else whole
+    whole = last_sum(seen.end)
+    total = last_sum(seen.end, FACTORS) if whole is None else whole
     sides = [] if total is None else [between(operand, seen.start) for operand in operands(total)]
     if not sides or any(seen.start[0] not in side for side in sides):
         return ""
@@ -290,8 +289,8 @@ def _obstacle(seen: Call, uses: dict[Any, set[Any]], held: dict[nn.Module, str])
     inside = between(seen.end[0], seen.start)
     if any(uses.get(node, set()) - inside for node, _ in seen.others):
         return "a second value that it gives back is used"
-    given = [made for t in differentiable_tensors([seen.args, seen.kwargs]) if (made := edge(t)) and made != seen.start]
-    hidden = inside.difference({seen.start[0], seen.end[0]}, *(between(node, seen.start) for node, _ in given))
+    given = [node for node, output in seen.given if (node, output) != seen.start]
+    hidden = inside.difference({seen.start[0], seen.end[0]}, *(between(node, seen.start) for node in given))
     if any(uses.get(node, set()) - inside for node in hidden if not hasattr(node, "variable")):
         return "a value from inside it is used outside"
     return ""
@@ -327,9 +326,12 @@ def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) 
 
 
 def _passed_by(uses: dict[Any, set[Any]]) -> set[Any]:
-    """The autograd nodes on one side alone of a sum whose sides are both made from one value that is no parameter."""
+    """The autograd nodes on one side alone of a sum or another join of two values made from one that is no parameter.
+
+    Branches that are laid side by side, as Inception's, are not around one another.
+    """
     around: set[Any] = set()
-    for node in {node for following in uses.values() for node in following if is_any(node, SUMS)}:
+    for node in {node for following in uses.values() for node in following if is_any(node, JOINS)}:
         sides = [between(side, (None, 0)) for side in operands(node)]
         if len(sides) == 2 and any(not is_parameter(node) for node in sides[0] & sides[1]):
             around |= sides[0] ^ sides[1]

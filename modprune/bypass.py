@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from modprune._hooks import copying
 from modprune._inputs import arguments, first_tensor, like
 from modprune._trace import MARK, notes, set_lasting, shortcut_only
 
@@ -145,6 +146,9 @@ def _tell(encoder: Any) -> None:
 def bypassed(model: nn.Module, name: str, kind: str = "identity", outputs: Sequence[int] = ()) -> Iterator[nn.Module]:
     """The model without a block, as surgery would leave it; the block is back in its place afterwards.
 
+    What goes through its place is a copy: a layer after it that writes in place, for which surgery would refuse to
+    remove it, does not spoil what others read.
+
     Args:
         model: changed in place meanwhile.
         name, kind, outputs: of a `Block`.
@@ -162,9 +166,11 @@ def bypassed(model: nn.Module, name: str, kind: str = "identity", outputs: Seque
     """
     if not name or name not in dict(model.named_modules()):
         raise ValueError(f"{name!r}: {type(model).__name__} has no such module; see model.named_modules()")
-    originals = swap(model, stand_ins(model, name, kind, outputs))
+    new = stand_ins(model, name, kind, outputs)
+    originals = swap(model, new)
     try:
-        yield model
+        with copying(new.values()):
+            yield model
     finally:
         swap(model, originals)
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from accelerate.utils import load
 from safetensors import safe_open
 from torch import Tensor
 
+from modprune._files import to_json
 from modprune._inputs import first_line
 from modprune._processes import everyones
 
-PREFIX = "epoch-"
+PREFIX, SEAL = "epoch-", "sha256.json"
 
 
 def save_state(accelerator: Any, folder: Path, epoch: int, step: int = 0) -> None:
@@ -31,12 +33,9 @@ def save_state(accelerator: Any, folder: Path, epoch: int, step: int = 0) -> Non
     for cut in folder.glob(f".{PREFIX}*.partial") if accelerator.is_main_process else ():
         shutil.rmtree(cut)
     accelerator.wait_for_everyone()
-    problem = ""
-    try:
-        accelerator.save_state(str(partial))
-    except Exception as error:  # of torch, safetensors and pickle, each of a class of its own
-        problem = first_line(error)
-    if problems := list(filter(None, everyones(problem))):  # all learn of it: none waits for one that has left
+    if problems := _problems(lambda: accelerator.save_state(str(partial))) or _problems(
+        lambda: accelerator.is_main_process and to_json(_checksums(partial), partial / SEAL)
+    ):
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder}: the state after epoch {epoch} cannot be written ({problems[0]}); is the disk full?")
@@ -57,16 +56,35 @@ def load_newest(accelerator: Any, folder: Path) -> tuple[int, int]:
     found = states(folder)
     if not found:
         return 0, 0
-    own = [f"random_states_{rank}.pkl" for rank in range(accelerator.num_processes)]
     try:
-        # Read first: accelerate loads the weights before it comes to these, and passes over damaged random states.
-        for name in ("optimizer.bin", "custom_checkpoint_0.pkl", *own):
-            load(found[-1] / name, map_location="cpu")
+        # First: accelerate loads the weights before it comes to other files, and passes over damaged random states.
+        if json.loads((found[-1] / SEAL).read_text()) != _checksums(found[-1]):
+            raise ValueError("its files do not match their checksums")
         accelerator.load_state(str(found[-1]))
-    except Exception as error:  # as above
+    except Exception as error:  # as in `_problems`
         raise ValueError(f"{found[-1]}: cannot be loaded ({first_line(error)}): start in a new folder") from error
     epoch, _, step = found[-1].name.removeprefix(PREFIX).partition("-step-")
     return int(epoch), int(step or 0)
+
+
+def _problems(act: Callable[[], Any]) -> list[str]:
+    """What goes wrong as the processes act: all learn of it, so that none waits for one that has left."""
+    problem = ""
+    try:
+        act()
+    except Exception as error:  # of torch, safetensors and pickle, each of a class of its own
+        problem = first_line(error)
+    return list(filter(None, everyones(problem)))
+
+
+def _checksums(state: Path) -> dict[str, str]:
+    """SHA-256 of every file of a state, by name."""
+    checksums = {}
+    for path in sorted(state.iterdir()):
+        if path.name != SEAL:
+            with path.open("rb") as file:
+                checksums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return checksums
 
 
 def states(folder: Path) -> list[Path]:

@@ -139,7 +139,7 @@ def modularity_curve(
         if layers is None:
             if example_inputs is None:
                 example_inputs = first_sample(loader)
-            blocks = find_blocks(model, example_inputs) if blocks is None else blocks
+            blocks = find_blocks(model, example_inputs) if blocks is None else Blocks(blocks)
             places = points(model, blocks, example_inputs)
             layers = (places[0], *blocks.names)
         else:
@@ -179,7 +179,9 @@ def _first_layer(model: nn.Module, block: str, example_inputs: Any) -> str:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if not module._modules.keys() - {"parametrizations"} and any(True for _ in module.parameters())
+        if not isinstance(module, torch.jit.ScriptModule)  # takes no hooks
+        and not module._modules.keys() - {"parametrizations"}
+        and any(True for _ in module.parameters())
     }
     layers[block] = model.get_submodule(block)
     with listening(layers, look), evaluating(model), state_kept(model), torch.no_grad():

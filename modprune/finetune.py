@@ -281,6 +281,8 @@ class _Run:
         inputs, labels = split_batch(batch)
         with self.accelerator.autocast():
             logits = logits_of(call(self.net, inputs)).float()
+            if not len(logits):
+                raise ValueError("train_loader gives a batch without samples, whose loss is no number: leave it out")
             soft = teach and teach(batch)
         labels = None if labels is None else labels.to(logits.device)  # lists and arrays have not come along
         loss = distillation_loss(logits, labels, soft, self.distill, self.recipe.temperature)

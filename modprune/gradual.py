@@ -6,6 +6,8 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.optim import Optimizer
 
 from modprune._bare import check_bare
 from modprune._files import to_json
-from modprune._inputs import first_sample
+from modprune._inputs import first_sample, is_whole
 from modprune._random import undisturbed
 from modprune.budget import Budget
 from modprune.carry import carry_over
@@ -67,13 +69,13 @@ def cut_again(model: nn.Module, state: Any) -> None:
     """
     try:
         then = PruningPlan.from_json(state["gone"])
-    except (KeyError, TypeError):
+        gone = list(zip(then.remove, then.kinds, then.outputs, strict=True))
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"state={state!r:.60}: what GradualPruning.state_dict gave is needed") from None
     now = removed_blocks(model).remove
     if since := sorted(set(now) - set(then.remove)):
         raise ValueError(f"the model has lost {', '.join(since)} since that state: give it as it was first, whole")
-    left = [block for block in zip(then.remove, then.kinds, then.outputs, strict=True) if block[0] not in now]
-    if left:
+    if left := [block for block in gone if block[0] not in now]:
         names, kinds, outputs = zip(*left, strict=True)
         PruningPlan(names, kinds, outputs).apply(model)
 
@@ -131,13 +133,13 @@ class GradualPruning:
         check_bare(model)
         if not callable(at):
             counts = tuple(at) if isinstance(at, Iterable) else ()
-            if not counts or min(counts) < 1 or list(counts) != sorted(set(counts)):
-                raise ValueError(f"at={at}: counts from 1 on that rise are needed, as in (10, 20)")
+            if not counts or not all(map(is_whole, counts)) or not _rise((0, *counts)):
+                raise ValueError(f"at={at}: whole counts from 1 on that rise are needed, as in (10, 20)")
             at = counts
         self.model, self.loader, self.at = model, loader, at
         self.shares = tuple(shares) or cubic(1 if callable(at) else len(at))
-        if list(self.shares) != sorted(self.shares) or self.shares[-1] != 1:
-            raise ValueError(f"shares={self.shares}: they rise to 1, as in (0.5, 0.75, 1)")
+        if not all(isinstance(s, Real) for s in self.shares) or not _rise((0, *self.shares)) or self.shares[-1] != 1:
+            raise ValueError(f"shares={self.shares}: they rise from above 0 to 1, as in (0.5, 0.75, 1)")
         if not callable(at) and len(at) != len(self.shares):
             raise ValueError(f"{len(at)} counts in at and {len(self.shares)} shares: give one share for each")
         with undisturbed(loader):
@@ -206,7 +208,9 @@ class GradualPruning:
             other = [name for name in ("budget", "shares") if state[name] != mine[name]]
             plans = [PruningPlan.from_json(plan) for plan in state["plans"]]
             whole = {name: int(state["whole"][name]) for name in self.whole}
-            count, stage = int(state["count"]), range(len(self.shares) + 1)[int(state["stage"])]
+            count, stage = int(state["count"]), int(state["stage"])
+            if not 0 <= stage <= len(self.shares) or min(whole.values()) < 1:
+                raise ValueError
         except (LookupError, TypeError, ValueError):
             raise ValueError(f"state={state!r:.60}: what state_dict gave is needed") from None
         if other:
@@ -232,3 +236,7 @@ class GradualPruning:
         left = self.budget.left(share, freed, sum(len(plan.remove) for plan in self.plans))
         scale = {name: self.whole[name] / size for name, size in self.now.items()}
         return {name: value * scale[name] if name in scale else value for name, value in left.items()}
+
+
+def _rise(values: Iterable[Any]) -> bool:
+    return all(before < after for before, after in pairwise(values))

@@ -106,6 +106,8 @@ class PruningPlan:
         Raises:
             ValueError: for text that is not a plan, or one of a newer format; OSError: for a file that is not there.
         """
+        if not isinstance(source, (str, Path)):
+            raise ValueError(f"a plan in a {type(source).__name__}: give JSON text, or the name of a file")
         text = source if isinstance(source, str) and source.lstrip().startswith("{") else _read(Path(source))
         try:
             data = json.loads(text)

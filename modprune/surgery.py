@@ -17,7 +17,7 @@ from torch import nn
 
 from modprune._bare import check_bare, check_shaped
 from modprune._depgraph import dependency_graph
-from modprune._proof import outputs_of, problem_with, shapes_of, skipped_outputs
+from modprune._proof import outputs_of, problem_with, shapes_of, shown_to, skipped_outputs
 from modprune._state import copied
 from modprune._trace import MARK, traced_kind, traced_outputs
 from modprune.blocks import Block, find_blocks
@@ -83,7 +83,8 @@ def remove_blocks(
         outputs: the form of what each gives back, see `Block.outputs`; found out in the same way if empty.
         example_inputs: if given, `find_blocks` has the word on what can go and how, and the surgery is proven: outputs
             have the shapes they had, and the values they have with the blocks' parameters zero where each gives its
-            input back then; and the parameters fell by what the blocks hold. What it does in training mode alone is not
+            input back then; the parameters fell by what the blocks hold; and nothing writes in place, in training
+            neither, into what a pass-through hands on and others read. What else it does in training mode alone is not
             looked at. A dependency graph is built; where torch-pruning cannot build one, a warning says so.
 
     Raises:
@@ -103,13 +104,13 @@ def remove_blocks(
         return model
     blocks = _choose(model, names, kinds, example_inputs)
     new = [stand_ins(model, block.name, block.kind, block.outputs) for block in blocks]
-    before = shapes_of(outputs_of(model, example_inputs))
-    skipped = skipped_outputs(model, blocks, new, example_inputs)
+    shown, before = shown_to(model, example_inputs)
+    skipped = skipped_outputs(model, blocks, new, shown)
     most = count_params(model) - sum(block.params for block in blocks)  # fewer if they share some among themselves
     originals = swap(model, merged(new))
-    if problem := problem_with(model, merged(new), example_inputs, before, most, skipped):
+    if problem := problem_with(model, merged(new), shown, before, most, skipped):
         swap(model, originals)
-        culprit = _culprit(model, blocks, new, example_inputs, before) or f"{names[0]} and the others together"
+        culprit = _culprit(model, blocks, new, shown, before) or f"{names[0]} and the others together"
         raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was; leave it out")
     _rebuild_graph(model, example_inputs)
     return model

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
+from modprune.blocks import find_blocks
 from modprune.cost import count_macs
 from modprune.curve import ModularityCurve, modularity_curve
 from modprune.data import ImageLoader, cifar10
@@ -85,6 +86,19 @@ def test_a_stem_whose_weight_is_parametrized_is_a_layer():
     model = network()
     weight_norm(model.conv1)
     assert modularity_curve(model, loader(64), samples=64, repeats=1).layers[:2] == ("conv1", "layer1.0")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is on its way out
+def test_a_stem_is_no_layer_that_is_scripted():
+    model = nn.Sequential(torch.jit.script(nn.Conv2d(3, 3, 1)), nn.Conv2d(3, 16, 1), network().layer1, nn.Flatten())
+    assert modularity_curve(model, loader(64), samples=64, repeats=1).layers[:2] == ("1", "2.0")
+
+
+def test_blocks_may_be_a_list_of_some():
+    model = network()
+    some = [block for block in find_blocks(model, torch.zeros(1, 3, 8, 8)) if block.kind == "identity"]
+    curve = modularity_curve(model, loader(64), samples=64, repeats=1, blocks=some)
+    assert curve.layers == ("conv1", *(block.name for block in some))
 
 
 def test_less_memory_takes_more_passes_that_end_sooner_and_gives_the_same_numbers():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -42,3 +44,12 @@ def test_the_first_error_is_shown_on_one_line():
     with pytest.raises(RuntimeError, match=r"no dependency graph of CifarResNet: .*channels") as caught:
         dependency_graph(resnet20(), torch.zeros(1, 1, 32, 32))
     assert "\n" not in str(caught.value)
+
+
+def test_an_interrupt_is_not_lost_while_timm_is_imported(monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt(name)  # which torch-pruning, that imports it too, would swallow
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="timm"):
+        dependency_graph(resnet20(), X)

@@ -246,7 +246,9 @@ def test_a_damaged_state_is_named(tmp_path):
     finetune(network(), loader(), epochs=1, checkpoints=tmp_path, progress=False)
     for file in sorted((tmp_path / "epoch-0001").iterdir()):
         whole = file.read_bytes()
-        for damaged in (whole[:100], bytes(len(whole)), None):
+        one_bit = bytearray(whole)
+        one_bit[len(whole) // 2] ^= 1
+        for damaged in (whole[:100], bytes(len(whole)), bytes(one_bit), None):
             file.unlink() if damaged is None else file.write_bytes(damaged)
             model = network()
             with pytest.raises(ValueError, match=rf"{tmp_path}/epoch-0001: cannot be .*: start in a new folder"):
@@ -480,6 +482,13 @@ def test_labels_of_another_form_are_named(labels):
     batches = [(torch.randn(4, 3, 8, 8), labels)]
     with pytest.raises(ValueError, match=r"labels are \(B,\) integers or \(B, classes\) probabilities; given torch"):
         finetune(network(), batches, epochs=1, progress=False)
+
+
+def test_a_batch_without_samples_is_named():
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    for batches in ([(images, labels), (images[:0], labels[:0])], [(images[:0], labels[:0])]):
+        with pytest.raises(ValueError, match="gives a batch without samples, whose loss is no number: leave it out"):
+            finetune(network(), batches, epochs=1, progress=False)
 
 
 def test_a_short_run_rises_for_half_of_it_at_most():

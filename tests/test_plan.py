@@ -99,6 +99,8 @@ def test_files(tmp_path):
         ('{"remove": ["a"], "code": 1}', "unknown field 'code'"),
         ("{", "not JSON"),
         ("{}", "with 'remove' is needed"),
+        (None, "a plan in a NoneType: give JSON text"),
+        (b'{"remove": ["a"]}', "a plan in a bytes: give JSON text"),
     ],
 )
 def test_errors(text, message):

@@ -211,7 +211,8 @@ def test_iterations_meet_the_same_budget_and_measure_anew():
             ({"blocks": 1, "iterative_steps": n}, f"iterative_steps={n!r}: a whole number")
             for n in (0, 1.5, "2", np.inf)
         ),
-        ({"blocks": 1, "ignored_layers": "layer1"}, r"a list is needed, as \['layer1'\]"),
+        ({"blocks": 1, "ignored_layers": None}, r"ignored_layers=None: a list of modules or of their names"),
+        ({"blocks": 1, "ignored_layers": "layer1"}, r"names is needed, as \['layer1'\]"),
         ({"blocks": 1, "iterative_steps": 1.5}, "iterative_steps=1.5: a whole number"),
     ],
 )

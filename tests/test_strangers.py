@@ -7,6 +7,7 @@ import io
 from collections import namedtuple
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -203,8 +204,11 @@ class Kept(Net):
 
 
 def test_what_would_be_overwritten_is_named():
-    with pytest.raises(RuntimeError, match=r"writes in place into what now goes through blocks\.0"):
-        PruningPlan(("blocks.0",)).apply(Kept(inplace=True), X)
+    for example in (X, torch.zeros_like(X)):  # of which a network without biases makes nothing
+        model = Kept(inplace=True)
+        model.stem.bias = None
+        with pytest.raises(RuntimeError, match=r"writes in place into what now goes through blocks\.0"):
+            PruningPlan(("blocks.0",)).apply(model, example)
     PruningPlan(("blocks.0",)).apply(Kept(inplace=False), X)
     act = lambda: nn.ReLU(inplace=True)  # noqa: E731
     chain = nn.Sequential(nn.Conv2d(3, 8, 1), act(), Residual(), act(), nn.Flatten(), nn.Linear(512, 4))
@@ -215,6 +219,191 @@ def test_what_would_be_overwritten_is_named():
     chain = nn.Sequential(nn.Conv2d(3, 8, 1), Residual(), act(), nn.Flatten(), nn.Linear(512, 4))
     PruningPlan(("1",)).apply(chain, X)
     chain.train()(X).sum().backward()
+
+
+def test_nor_is_what_dropout_would_write_in_training_or_the_input():
+    model = Kept(inplace=False)
+    model.act = nn.Dropout(0.5, inplace=True)
+    with pytest.raises(RuntimeError, match=r"writes in place into what now goes through blocks\.0"):
+        PruningPlan(("blocks.0",)).apply(model, X)
+    drop = nn.Dropout(0.5, inplace=True)
+    chain = nn.Sequential(nn.Conv2d(3, 8, 1), Residual(), drop, nn.Flatten(), nn.Linear(512, 4))
+    expected = chain[4](chain[3](chain[0](X)))
+    torch.testing.assert_close(PruningPlan(("1",)).apply(chain, X).eval()(X), expected)
+    chain = nn.Sequential(Residual(3), nn.ReLU(inplace=True), nn.Conv2d(3, 8, 1))
+    with pytest.raises(RuntimeError, match="writes in place into what now goes through 0"):
+        PruningPlan(("0",)).apply(chain, X)
+
+
+class Cropped(nn.Module):
+    """A valid convolution whose shortcut is a view; the activation after the sum writes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return (self.conv(x) + x[:, :, 1:-1, 1:-1]).relu_()
+
+
+class Recalled(Net):
+    def forward(self, x):
+        kept = self.stem(x)
+        return self.head(self.blocks[0](kept).mean((2, 3)) + kept.mean((2, 3)))
+
+
+def test_a_shortcut_that_is_a_view_is_not_written_into():
+    assert find_blocks(Recalled(Cropped()), X)[0].kind == "transition"
+    with pytest.raises(RuntimeError, match=r"writes in place into what now goes through blocks\.0"):
+        PruningPlan(("blocks.0",)).apply(Recalled(Cropped()), X)
+
+
+def test_a_criterion_that_leaves_blocks_out_is_not_misled_by_what_writes_in_place():
+    batches = [(torch.randn(40, 3, 8, 8), torch.arange(40) % 4)]
+    model = Kept(inplace=True).eval()
+    aside = copy.deepcopy(model)
+    aside.act = nn.ReLU()
+    scores = [Ablation(samples=40)(net, find_blocks(net, X), batches).values for net in (model, aside)]
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+
+
+class Active(nn.Module):
+    """An activation that is given more than it takes."""
+
+    def forward(self, x, y):
+        return y.relu()
+
+
+class Summed(nn.Module):
+    """`relu(f(x)) + h(x)`, where x itself is not added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.h, self.act = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), Active()
+
+    def forward(self, x):
+        return self.act(x, self.f(x)) + self.h(x)
+
+
+class Adding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, y, x):
+        return x + self.gain * y
+
+
+class Apart(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = Adding()
+
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)), x)
+
+
+@pytest.mark.parametrize("block", [Summed, Apart])
+def test_hooks_on_gradients_change_nothing_of_what_is_found(block):
+    model = Net(block())
+    before = find_blocks(model, X)
+    model.blocks[0].act.register_full_backward_hook(lambda *_: None)
+    after = find_blocks(model, X)
+    assert (after, after.refused) == (before, before.refused)
+    assert [b.kind for b in before] == ["transition" if block is Summed else "identity"]
+
+
+class Collecting(Residual):
+    """Adds in place to what the network collects."""
+
+    def forward(self, x, collected):
+        y = F.relu(self.norm(self.conv(x)))
+        collected.add_(y.mean((2, 3)))
+        return x + y
+
+
+class Collected(Net):
+    def forward(self, x):
+        x = self.stem(x)
+        collected = x.new_zeros(len(x), 8)
+        for block in self.blocks:
+            x = block(x, collected)
+        return self.head(x.mean((2, 3)) + collected)
+
+
+def test_what_a_block_writes_into_an_argument_is_used_outside():
+    blocks = find_blocks(Collected(Collecting(), Collecting()), X)
+    assert not blocks
+    assert blocks.refused == dict.fromkeys(("blocks.0", "blocks.1"), "a value from inside it is used outside")
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8, dtype=torch.cfloat)
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_blocks_of_complex_numbers_are_found_at_the_input_and_frozen_too(frozen):
+    model = nn.Sequential(Complex(), Complex()).requires_grad_(not frozen)
+    x = torch.randn(2, 8, dtype=torch.cfloat)
+    assert find_blocks(model, x).names == ("0", "1")
+    expected = model[1](x)
+    torch.testing.assert_close(PruningPlan(("0",)).apply(model, x)(x), expected)
+
+
+class Diced(Residual):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dice = torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        return super().forward(x + 0 * torch.randn(x.shape, generator=self.dice))
+
+
+def test_generators_of_a_network_are_left_as_found_and_known():
+    model = Net(Diced(), Diced())
+    before = model.blocks[0].dice.get_state()
+    find_blocks(model, X)
+    count_macs(model, X)
+    assert torch.equal(model.blocks[0].dice.get_state(), before)
+
+
+class Joined(nn.Module):
+    """What goes around the convolution comes together with it in another way than a sum."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.join = join
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+
+    def forward(self, x):
+        return self.join(x, self.branch(x))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x, y: torch.lerp(x, y, 0.3),
+        lambda x, y: torch.stack([x, y]).sum(0),
+        lambda x, y: x * (1 + y),
+        lambda x, y: x / (1 + y.exp()),
+        torch.maximum,
+        torch.minimum,
+        lambda x, y: torch.where(x > 0, x, y),
+        lambda x, y: x.index_add(1, torch.arange(8), y),
+    ],
+)
+def test_no_plain_unit_is_taken_from_under_a_shortcut_of_any_kind(join):
+    blocks = find_blocks(Net(Joined(join)), X)
+    assert not blocks
+    assert list(blocks.refused) == ["blocks.0.branch.0"]
+    assert "a shortcut leads around it" in blocks.refused["blocks.0.branch.0"]
 
 
 class Aside(Residual):

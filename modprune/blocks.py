@@ -77,7 +77,7 @@ class Blocks(tuple[Block, ...]):
 
     def __new__(cls, blocks: Iterable[Block] = (), refused: dict[str, str] | None = None) -> Blocks:
         self = super().__new__(cls, blocks)
-        self.refused = refused or {}
+        self.refused = getattr(blocks, "refused", {}) if refused is None else refused
         return self
 
     @overload

@@ -16,7 +16,7 @@ from modprune._hooks import listening
 from modprune._inputs import batch_size, call, device_of, first_sample, first_tensor, to_device
 from modprune._random import undisturbed
 from modprune._state import evaluating, state_kept
-from modprune.blocks import Blocks, find_blocks
+from modprune.blocks import Block, Blocks, find_blocks
 from modprune.features import GIB, LayerGrams
 from modprune.graph import WHOLE, check_k, check_labels, feature_graph_from_gram, graph_modularity
 from modprune.samples import Sample, counted, draw_samples, labels_of
@@ -103,7 +103,7 @@ def modularity_curve(
     repeats: int = 5,
     example_inputs: Any = None,
     *,
-    blocks: Blocks | None = None,
+    blocks: Iterable[Block] | None = None,
     layers: Sequence[str] | None = None,
     budget: int = GIB,
 ) -> ModularityCurve:
@@ -120,7 +120,7 @@ def modularity_curve(
         samples: N, samples of each repeat, up to 8192. Repeats are disjoint as far as the loader lasts.
         repeats: how many times.
         example_inputs: to find the blocks with; one sample of the first batch if None.
-        blocks: those of `find_blocks`, where they are known already.
+        blocks: those of `find_blocks`, where they are known already, or some of them.
         layers: names of the sub-modules to measure instead, in forward order; their first output tensor is the feature.
         budget: bytes that features may take at a time. Less of it takes more passes and gives the same numbers (up to
             rounding below 32 MiB or so).

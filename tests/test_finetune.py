@@ -464,7 +464,8 @@ def test_after_a_loss_that_is_no_number_it_goes_on_with_half_the_rate(tmp_path):
     ("recipe", "message"),
     [({"epochs": 0}, "epochs=0"), ({"lr": -1}, "lr=-1"), ({"distill": 2}, "distill=2"), ({"momentum": 1}, "momentum=1"),
      ({"temperature": 0}, "temperature=0"), ({"lr": math.nan}, "lr=nan"), ({"epochs": math.nan}, "epochs=nan"),
-     ({"epochs": 2.5}, "epochs=2.5"), ({"temperature": math.inf}, "temperature=inf")],
+     ({"epochs": 2.5}, "epochs=2.5"), ({"epochs": "1"}, "epochs='1': a number"),
+     ({"temperature": math.inf}, "temperature=inf")],
 )  # fmt: skip
 def test_recipes_out_of_range(recipe, message):
     with pytest.raises(ValueError, match=message):

@@ -100,9 +100,7 @@ def problem_with(
     skipped: Sequence[Tensor] = (),
 ) -> str:
     """What is wrong with a pruned model that has `new` in the blocks' places; empty if nothing is."""
-    passed: dict[str, tuple[Tensor | None, int]] = {}
-    inputs: set[int] = set()
-    with _watching(model, new, passed, inputs), _dropping(model, 1):
+    with _watching(model, new) as (passed, inputs), _dropping(model, 1):
         try:
             outputs = outputs_of(model, example_inputs)
         except Exception as error:
@@ -125,12 +123,14 @@ def problem_with(
 
 @contextmanager
 def _watching(
-    model: nn.Module, new: Mapping[str, nn.Module], passed: dict[str, tuple[Tensor | None, int]], inputs: set[int]
-) -> Iterator[None]:
-    """Notes what goes into the modules that are new, and how often it has been written to by then; views count with it.
+    model: nn.Module, new: Mapping[str, nn.Module]
+) -> Iterator[tuple[dict[str, tuple[Tensor | None, int]], set[int]]]:
+    """What goes into the modules that are new, by name, and how often it has been written to by then; its views count.
 
     And the memory of what the model is given.
     """
+    passed: dict[str, tuple[Tensor | None, int]] = {}
+    inputs: set[int] = set()
 
     def look(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is new[name]:  # not the block itself, whose hooks it has
@@ -144,7 +144,7 @@ def _watching(
         hooks.enter_context(model.register_forward_pre_hook(start, with_kwargs=True))
         for name, module in new.items():
             hooks.enter_context(module.register_forward_pre_hook(partial(look, name), with_kwargs=True))
-        yield
+        yield passed, inputs
 
 
 @contextmanager

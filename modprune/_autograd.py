@@ -12,7 +12,7 @@ from modprune._inputs import opened, tensors_in
 # Autograd's names of operations that a shortcut may pass through: sums, element-wise activations, changes of layout.
 SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
 FACTORS = ("MulBackward", "DivBackward")
-JOINS = (*SUMS, *FACTORS, "Lerp", "Maximum", "Minimum", "Where", "Stack", "IndexAdd", "Baddbmm")
+JOINS = (*SUMS, "Lerp", "Maximum", "Minimum", "Where", "IndexAdd")
 LINEAR = ("Convolution", "Addmm", "Mm", "Bmm", "UnsafeView", *FACTORS)
 ACTIVATIONS = (
     *("Relu", "Hardtanh", "Gelu", "Silu", "Hardswish", "LeakyRelu", "Elu", "Mish", "Clamp", "Threshold", "Softplus"),

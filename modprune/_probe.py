@@ -89,8 +89,8 @@ def _few_values(x: Tensor) -> Tensor:
 
 def _output(seen: Call, x: Tensor, value: float) -> Tensor | None:
     """What a module makes of `x` with one value in all its parameters; None where it does not run so."""
-    args, kwargs = _replace_first(seen.args, seen.kwargs, x.clone())
     try:
+        args, kwargs = _replace_first(seen.args, seen.kwargs, x.clone())
         with torch.no_grad(), filled(seen.module, value):
             return first_tensor(seen.module(*args, **kwargs))
     except Exception:  # a cache among the arguments has grown since, and does not fit a second time
@@ -100,7 +100,9 @@ def _output(seen: Call, x: Tensor, value: float) -> Tensor | None:
 def _replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Any:
     """The arguments with the tensor that comes first, in whatever container, replaced by `x`."""
     leaves, form = tree_flatten((args, kwargs))
-    first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
+    if first is None:  # pytree does not open subclasses of dict
+        raise ValueError("its input lies in a container that torch's pytree does not know")
     return tree_unflatten([*leaves[:first], x, *leaves[first + 1 :]], form)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from modprune._inputs import (
     first_line,
     first_tensor,
     has_gradients,
-    map_tensors,
     opened,
     tensors_in,
     to_device,
@@ -33,19 +32,23 @@ from modprune.bypass import merged, swap
 from modprune.cost import count_params
 
 
-def shown_to(model: nn.Module, example_inputs: Any) -> tuple[Any, list[tuple[int, ...]]]:
-    """What a proof shows to a model, and the shapes of what it gives.
+class Seen(NamedTuple):
+    """What a proof has seen of the whole model: the shapes of its outputs, and whether it writes into its inputs."""
 
-    Noise in the place of a first tensor that is one number throughout, if the model runs on it: of zeros, a network
-    without biases makes zeros, whatever is taken out of it.
-    """
-    x = first_tensor(example_inputs)
-    if x is not None and x.is_floating_point() and x.numel() > 1 and (x == x.flatten()[0]).all():
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        shown = map_tensors(lambda tensor: noise if tensor is x else tensor, example_inputs)
-        with suppress(Exception):
-            return shown, shapes_of(outputs_of(model, shown))
-    return example_inputs, shapes_of(outputs_of(model, example_inputs))
+    shapes: list[tuple[int, ...]]
+    writes: bool
+
+
+def seen_of(model: nn.Module, example_inputs: Any) -> Seen:
+    """What the proof has to know of a model before its surgery."""
+    given: list[tuple[Tensor, int]] = []
+
+    def start(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given.extend((tensor, tensor._version) for tensor in tensors_in((args, kwargs)))
+
+    with model.register_forward_pre_hook(start, with_kwargs=True):
+        shapes = shapes_of(outputs_of(model, example_inputs))
+    return Seen(shapes, any(tensor._version != version for tensor, version in given))
 
 
 def skipped_outputs(
@@ -95,7 +98,7 @@ def problem_with(
     model: nn.Module,
     new: Mapping[str, nn.Module],
     example_inputs: Any,
-    before: list[tuple[int, ...]],
+    before: Seen,
     most: int,
     skipped: Sequence[Tensor] = (),
 ) -> str:
@@ -106,14 +109,14 @@ def problem_with(
         except Exception as error:
             return first_line(error)
     after, count = shapes_of(outputs), count_params(model)
-    if not _alike(before, after, batch_size(example_inputs)):
-        return f"the output had shape {before}, now {after}"
+    if not _alike(before.shapes, after, batch_size(example_inputs)):
+        return f"the output had shape {before.shapes}, now {after}"
     if count > most:
         return f"{count:,} parameters are left where {most:,} at most were expected"
     if past := [name for name in new if name not in passed]:
         return f"{past[0]} is not called by that name: hold it in a ModuleList or as an attribute alone"
     written = {name: x for name, (x, version) in passed.items() if x is not None and x._version != version}
-    is_input = any(_memory(x) in inputs for x in written.values())
+    is_input = not before.writes and any(_memory(x) in inputs for x in written.values())
     if is_input or (written and not _is_harmless(model, [new[name] for name in written], example_inputs)):
         return f"a layer writes in place into what now goes through {next(iter(written))}: make it one that does not"
     if skipped and not _same(outputs, skipped):
@@ -125,7 +128,7 @@ def problem_with(
 def _watching(
     model: nn.Module, new: Mapping[str, nn.Module]
 ) -> Iterator[tuple[dict[str, tuple[Tensor | None, int]], set[int]]]:
-    """What goes into the modules that are new, by name, and how often it has been written to by then; its views count.
+    """What goes into the modules that are new, by name, each with how often it or a view of it was written to before.
 
     And the memory of what the model is given.
     """
@@ -170,17 +173,33 @@ def _memory(tensor: Tensor) -> int:
 def _is_harmless(model: nn.Module, passing: Sequence[nn.Module], example_inputs: Any) -> bool:
     """Whether the outputs are those with copies passed on, and gradients can be had."""
     with _dropping(model, 0.5):
-        outputs = outputs_of(model, example_inputs)
-        with copying(passing):
-            same = all(map(torch.equal, outputs, outputs_of(model, example_inputs)))
         try:
+            with _noise_in(passing):
+                outputs = outputs_of(model, example_inputs)
+                with copying(passing):
+                    expected = outputs_of(model, example_inputs)
             with traceable(model):
                 made = _run(model, example_inputs)
                 sums = [tensor.sum() for tensor in made if tensor.requires_grad]
                 torch.autograd.grad(sums, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-        except RuntimeError:
+        except Exception:
             return False
-    return same
+    return all(torch.equal(y.nan_to_num(), x.nan_to_num()) for y, x in zip(outputs, expected, strict=True))
+
+
+@contextmanager
+def _noise_in(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """What goes into these modules is noise, for everybody: what a layer writes into zeros is often zero again."""
+
+    def write(module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = first_tensor((args, kwargs))
+        if x is not None and x.is_floating_point():
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(write, with_kwargs=True))
+        yield
 
 
 def _same(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

@@ -17,14 +17,13 @@ from torch.utils.data import DataLoader
 
 T = TypeVar("T")
 KINDS = torch.Generator, np.random.Generator, np.random.RandomState, random.Random
+TORCHS_OWN = frozenset(vars(nn.Module()))
 COUNTS = ("epoch", "iteration", "end_of_dataloader", "remainder")
 
 
 @contextmanager
 def undisturbed(loader: object) -> Iterator[None]:
     """A loader may be read inside the block; its owner then goes on as if it had not been, amid an epoch too.
-
-    So may a model be run that has generators of its own.
 
     Put back are all random generators, what an `ImageLoader`, or accelerate's loaders and samplers, count passes by and
     whether accelerate is in one, and the pass under way of a DataLoader whose workers persist, if any: another would
@@ -51,7 +50,7 @@ def undisturbed(loader: object) -> Iterator[None]:
 
 
 def random_state(loader: object) -> dict[str, Any]:
-    """Of Python, NumPy, torch on the CPU and CUDA, and the generators that a loader has of its own."""
+    """Of Python, NumPy, torch on the CPU and CUDA, and the generators that a loader, or a model, has of its own."""
     kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
     return {
         "python": random.getstate(),
@@ -70,7 +69,7 @@ def is_untouched(state: dict[str, Any], loader: object) -> bool:
 
 
 def own_state(loader: object) -> dict[str, Any]:
-    """Of the generators that a loader and its data have of their own: accelerate gives one in several processes."""
+    """Of the generators that a loader and its data, or a model, have of their own: accelerate may give a loader one."""
     return {place: _state(generator) for place, generator in _generators(loader).items()}
 
 
@@ -94,7 +93,17 @@ def set_random_state(state: dict[str, Any], loader: object) -> None:
 
 
 def _generators(loader: object) -> dict[str, Any]:
-    """Those that a loader, its samplers and its data have as attributes, under whatever names, each once, by place."""
+    """Those that a loader, its samplers and its data have as attributes, under whatever names, each once, by place.
+
+    Or those that the modules of a model have.
+    """
+    if isinstance(loader, nn.Module):
+        return {
+            f"{name} (module {number})": value
+            for number, module in enumerate(loader.modules())
+            for name, value in vars(module).items()
+            if name not in TORCHS_OWN and isinstance(value, KINDS)
+        }
     found: dict[int, tuple[str, Any]] = {}
     for number, part in enumerate(_parts(loader)):
         named = {name: getattr(part, name, None) for name in ("generator", "synchronized_generator")}
@@ -123,11 +132,8 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 def _parts(loader: object) -> list[Any]:
-    """A loader, the one that it wraps as accelerate does, its samplers and data, those with attributes of their own.
-
-    Of a model, all modules.
-    """
-    parts = [*loader.modules()] if isinstance(loader, nn.Module) else [loader]
+    """A loader, the one that it wraps as accelerate does, its samplers and data, those with attributes of their own."""
+    parts = [loader]
     for part in parts:
         inner = [getattr(part, name, None) for name in ("base_dataloader", "sampler", "batch_sampler")]
         parts += [one for one in inner if one is not None and all(one is not other for other in parts)]

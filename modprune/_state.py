@@ -15,9 +15,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from modprune._inputs import first_line, has_gradients
-from modprune._random import undisturbed
+from modprune._random import TORCHS_OWN, own_state, set_own_state, undisturbed
 
-TORCHS_OWN = frozenset(vars(nn.Module()))
 CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
 
 
@@ -54,7 +53,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
     Attention goes without torch's fast path, which hands nested tensors from layer to layer: hooks cannot read them.
     """
-    with modes_kept(model), plain_attention(), undisturbed(model):
+    with modes_kept(model), plain_attention(), undisturbed(None):
         if any(module.training for module in model.modules()):
             model.eval()
         yield model
@@ -84,7 +83,7 @@ def deep_copied(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Mo
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers, attributes and what containers among them hold are put back after the block.
+    """Buffers, attributes, what containers among them hold and generators are put back after the block.
 
     Not where the model has changed its weights, or made new ones or hooks, in a pass: its state may say so.
     """
@@ -92,6 +91,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     held = _containers([value for _, attributes in own for value in attributes.values()])
     held += [m._buffers for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     contents, made = [copy.copy(container) for container in held], _made(model)
+    drawn = own_state(model)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     try:
         yield
@@ -104,6 +104,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
             for container, before in zip(held, contents, strict=True):
                 container.clear()
                 container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
+            set_own_state(drawn, model)
             for buffer, value in buffers:
                 with torch.no_grad(), suppress(NotImplementedError):  # sparse ones: none are compared, or written to
                     if not torch.equal(buffer, value):  # a write of the same values would spoil graphs it is in

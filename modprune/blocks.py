@@ -326,9 +326,9 @@ def _plain(model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]]) 
 
 
 def _passed_by(uses: dict[Any, set[Any]]) -> set[Any]:
-    """The autograd nodes on one side alone of a sum or another join of two values made from one that is no parameter.
+    """The autograd nodes on one side alone of a sum, or the like, of two values made from one that is no parameter.
 
-    Branches that are laid side by side, as Inception's, are not around one another.
+    Products do not count, which are gates and scales.
     """
     around: set[Any] = set()
     for node in {node for following in uses.values() for node in following if is_any(node, JOINS)}:

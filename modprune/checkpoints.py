@@ -58,7 +58,8 @@ def load_newest(accelerator: Any, folder: Path) -> tuple[int, int]:
         return 0, 0
     try:
         # First: accelerate loads the weights before it comes to other files, and passes over damaged random states.
-        if json.loads((found[-1] / SEAL).read_text()) != _checksums(found[-1]):
+        sealed = json.loads((found[-1] / SEAL).read_text())
+        if sealed != {name: checksum for name, checksum in _checksums(found[-1]).items() if name in sealed}:
             raise ValueError("its files do not match their checksums")
         accelerator.load_state(str(found[-1]))
     except Exception as error:  # as in `_problems`
@@ -81,7 +82,7 @@ def _checksums(state: Path) -> dict[str, str]:
     """SHA-256 of every file of a state, by name."""
     checksums = {}
     for path in sorted(state.iterdir()):
-        if path.name != SEAL:
+        if path.name != SEAL and path.is_file():
             with path.open("rb") as file:
                 checksums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return checksums

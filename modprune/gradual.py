@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -137,9 +136,12 @@ class GradualPruning:
                 raise ValueError(f"at={at}: whole counts from 1 on that rise are needed, as in (10, 20)")
             at = counts
         self.model, self.loader, self.at = model, loader, at
-        self.shares = tuple(shares) or cubic(1 if callable(at) else len(at))
-        if not all(isinstance(s, Real) for s in self.shares) or not _rise((0, *self.shares)) or self.shares[-1] != 1:
-            raise ValueError(f"shares={self.shares}: they rise from above 0 to 1, as in (0.5, 0.75, 1)")
+        try:
+            self.shares = tuple(map(float, shares)) or cubic(1 if callable(at) else len(at))
+            if not _rise((0, *self.shares)) or self.shares[-1] != 1:
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(f"shares={shares}: they rise from above 0 to 1, as in (0.5, 0.75, 1)") from None
         if not callable(at) and len(at) != len(self.shares):
             raise ValueError(f"{len(at)} counts in at and {len(self.shares)} shares: give one share for each")
         with undisturbed(loader):

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from modprune._inputs import is_whole
 
-# Up to this many samples (256 MiB), and this many a column of the features, the whole matrix of similarities is held:
-# its symmetry saves half of the products. Otherwise rows are worked off in blocks that stay in the cache between the
-# steps, which costs less than to mirror a matrix that is large beside its features.
+# Up to N = WHOLE samples (256 MiB), and N = A_COLUMN times the columns of the features, the whole N x N matrix of
+# similarities is held: its symmetry saves half of the products. Otherwise rows are worked off in blocks that stay in
+# the cache between the steps, which costs less than to mirror a matrix that is large beside its features.
 WHOLE, A_COLUMN = 8192, 8
 BLOCK = 2**21
 # Columns of such a matrix that are computed at a time: narrower panels multiply more slowly, wider ones compute more
@@ -71,7 +71,7 @@ def modularity(features: Tensor, labels: Tensor, k: int = 3) -> float:
 def feature_graph(features: Tensor, k: int = 3) -> FeatureGraph:
     """The k-nearest-neighbour graph of (N, ...) floating point features by cosine similarity.
 
-    Memory beside the features: N x N float32 for up to eight samples a column of the features, 8192 at most; else N k
+    Memory beside the features: N x N float32 where N is at most 8192 and eight times the number of columns; else N k
     and a block of rows.
 
     Raises:

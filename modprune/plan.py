@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -106,7 +107,7 @@ class PruningPlan:
         Raises:
             ValueError: for text that is not a plan, or one of a newer format; OSError: for a file that is not there.
         """
-        if not isinstance(source, (str, Path)):
+        if not isinstance(source, (str, os.PathLike)):
             raise ValueError(f"a plan in a {type(source).__name__}: give JSON text, or the name of a file")
         text = source if isinstance(source, str) and source.lstrip().startswith("{") else _read(Path(source))
         try:

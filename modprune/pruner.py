@@ -253,8 +253,9 @@ def _inside(name: str, outer: str) -> bool:
 
 def _names(model: nn.Module, layers: Sequence[nn.Module | str]) -> frozenset[str]:
     """Every name of every layer: one that several blocks share keeps them all."""
-    if isinstance(layers, (str, nn.Module)) or not isinstance(layers, Iterable):
-        raise ValueError(f"ignored_layers={layers!r:.60}: a list of modules or of their names is needed, as ['layer1']")
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        given = type(layers).__name__ if isinstance(layers, nn.Module) else repr(layers)
+        raise ValueError(f"ignored_layers={given:.60}: a list of modules or of their names is needed, as ['layer1']")
     known = dict(model.named_modules(remove_duplicate=False))
     names = set()
     for layer in layers:

@@ -55,10 +55,12 @@ def model_parts(spec: str) -> tuple[str, str]:
     Raises:
         ValueError: if the spec can name nothing.
     """
+    if spec in MODELS:
+        return "", spec
     source, _, name = spec.partition(":")
     if source not in _LIBRARIES:
         source, _, name = spec.rpartition(":")  # a path may have a colon itself
-    if name in MODELS if not source else name and (source in _LIBRARIES or source.endswith(".py")):
+    if name and (source in _LIBRARIES or source.endswith(".py")):
         return source, name
     raise ValueError(f"model {spec!r} is unknown: give one of {', '.join(MODELS)}, or {FORMS}")
 
@@ -91,8 +93,10 @@ def data_parts(spec: str) -> tuple[str, str]:
     Raises:
         ValueError: if the spec can name nothing.
     """
+    if spec in DATA:
+        return "", spec
     path, _, name = spec.rpartition(":")
-    if name in DATA if not path else name and path.endswith(".py"):
+    if name and path.endswith(".py"):
         return path, name
     raise ValueError(f"data {spec!r} is unknown: give one of {', '.join(DATA)}, or path/to/file.py:function")
 

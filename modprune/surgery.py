@@ -17,7 +17,7 @@ from torch import nn
 
 from modprune._bare import check_bare, check_shaped
 from modprune._depgraph import dependency_graph
-from modprune._proof import outputs_of, problem_with, shapes_of, shown_to, skipped_outputs
+from modprune._proof import Seen, problem_with, seen_of, skipped_outputs
 from modprune._state import copied
 from modprune._trace import MARK, traced_kind, traced_outputs
 from modprune.blocks import Block, find_blocks
@@ -45,7 +45,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: Any = None) 
         return remove_blocks(model, plan.remove, **blocks)
     if example_inputs is None:
         raise ValueError("the plan cuts channels too: give example_inputs, which torch-pruning traces the model with")
-    before = shapes_of(outputs_of(model, example_inputs))
+    before = seen_of(model, example_inputs)
     trial = remove_blocks(copied(model), plan.remove, **blocks)
     count = count_params(trial)
     narrow(trial, plan.width, example_inputs)  # what can fail fails on the trial
@@ -104,13 +104,18 @@ def remove_blocks(
         return model
     blocks = _choose(model, names, kinds, example_inputs)
     new = [stand_ins(model, block.name, block.kind, block.outputs) for block in blocks]
-    shown, before = shown_to(model, example_inputs)
-    skipped = skipped_outputs(model, blocks, new, shown)
+    before = seen_of(model, example_inputs)
+    skipped = skipped_outputs(model, blocks, new, example_inputs)
     most = count_params(model) - sum(block.params for block in blocks)  # fewer if they share some among themselves
     originals = swap(model, merged(new))
-    if problem := problem_with(model, merged(new), shown, before, most, skipped):
+    try:
+        problem = problem_with(model, merged(new), example_inputs, before, most, skipped)
+    except BaseException:  # Ctrl-C too leaves the model as it was
         swap(model, originals)
-        culprit = _culprit(model, blocks, new, shown, before) or f"{names[0]} and the others together"
+        raise
+    if problem:
+        swap(model, originals)
+        culprit = _culprit(model, blocks, new, example_inputs, before) or f"{names[0]} and the others together"
         raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was; leave it out")
     _rebuild_graph(model, example_inputs)
     return model
@@ -164,7 +169,7 @@ def _culprit(
     blocks: Sequence[Block],
     new: Sequence[dict[str, nn.Module]],
     example_inputs: Any,
-    before: list[tuple[int, ...]],
+    before: Seen,
 ) -> str:
     """The name of the first block that cannot go even alone; empty if each can."""
     whole = count_params(model)

@@ -255,7 +255,9 @@ def test_a_damaged_state_is_named(tmp_path):
                 finetune(model, loader(), epochs=2, checkpoints=tmp_path, resume=True, progress=False)
             assert same(model, network())
         file.write_bytes(whole)
-    file = tmp_path / "epoch-0001" / "model.safetensors"
+    (tmp_path / "epoch-0001" / ".DS_Store").touch()  # which is none of its files
+    finetune(network(), loader(), epochs=2, checkpoints=tmp_path, resume=True, progress=False)
+    file = tmp_path / "epoch-0002" / "model.safetensors"
     for resume in (False, True):
         with pytest.raises(OSError, match=r"model.safetensors: cannot be written .*; give a folder that can"):
             finetune(network(), None, epochs=2, checkpoints=file.parent / "model.safetensors", resume=resume)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import modprune.surgery
 from modprune import (
     ModularityPruner,
     PruningPlan,
@@ -235,6 +236,60 @@ def test_nor_is_what_dropout_would_write_in_training_or_the_input():
         PruningPlan(("0",)).apply(chain, X)
 
 
+class Early(Residual):
+    """Its activation writes into what goes in."""
+
+    def forward(self, x):
+        return super().forward(x.relu_())
+
+
+def test_a_network_that_writes_into_its_input_anyhow_may():
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(Early(3), Early(3), nn.Conv2d(3, 8, 1)).eval()
+    expected = model[2](model[1](x.clone()))
+    torch.testing.assert_close(PruningPlan(("0",)).apply(model, x)(x.clone()), expected)
+
+
+def test_a_proof_that_is_interrupted_leaves_the_model_whole(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    model = Net(Residual(), Residual())
+    monkeypatch.setattr(modprune.surgery, "problem_with", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        PruningPlan(("blocks.0",)).apply(model, X)
+    assert not removed_blocks(model).remove
+
+
+class Graph(nn.Module):
+    """Takes its sparse adjacency first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Line(), Line())
+
+    def forward(self, adjacency, x):
+        return self.blocks(torch.sparse.mm(adjacency, x))
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.linear(x).relu()
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_inputs_may_be_sparse(form):
+    inputs = form(torch.eye(6)), torch.randn(6, 8)
+    model = Graph()
+    expected = model.blocks[1](inputs[1])
+    torch.testing.assert_close(PruningPlan(("blocks.0",)).apply(model, inputs)(*inputs), expected)
+
+
 class Cropped(nn.Module):
     """A valid convolution whose shortcut is a view; the activation after the sum writes in place."""
 
@@ -355,6 +410,16 @@ def test_blocks_of_complex_numbers_are_found_at_the_input_and_frozen_too(frozen)
     torch.testing.assert_close(PruningPlan(("0",)).apply(model, x)(x), expected)
 
 
+class Looking(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * (2 if isinstance(self[0], Complex) else 1)
+
+
+def test_complex_outputs_are_compared():
+    with pytest.raises(RuntimeError, match="not that of skipped blocks"):
+        PruningPlan(("0",)).apply(Looking(Complex(), Complex()), torch.randn(2, 8, dtype=torch.cfloat))
+
+
 class Diced(Residual):
     """Draws from a generator of its own."""
 
@@ -363,15 +428,16 @@ class Diced(Residual):
         self.dice = torch.Generator().manual_seed(3)
 
     def forward(self, x):
-        return super().forward(x + 0 * torch.randn(x.shape, generator=self.dice))
+        return x + self.conv(x + torch.randn(x.shape, generator=self.dice))
 
 
 def test_generators_of_a_network_are_left_as_found_and_known():
     model = Net(Diced(), Diced())
-    before = model.blocks[0].dice.get_state()
+    before = model.blocks[1].dice.get_state()
     find_blocks(model, X)
     count_macs(model, X)
-    assert torch.equal(model.blocks[0].dice.get_state(), before)
+    PruningPlan(("blocks.0",)).apply(model, X)  # whose outputs are never twice the same
+    assert torch.equal(model.blocks[1].dice.get_state(), before)
 
 
 class Joined(nn.Module):
@@ -390,20 +456,22 @@ class Joined(nn.Module):
     "join",
     [
         lambda x, y: torch.lerp(x, y, 0.3),
-        lambda x, y: torch.stack([x, y]).sum(0),
-        lambda x, y: x * (1 + y),
-        lambda x, y: x / (1 + y.exp()),
         torch.maximum,
         torch.minimum,
         lambda x, y: torch.where(x > 0, x, y),
         lambda x, y: x.index_add(1, torch.arange(8), y),
     ],
 )
-def test_no_plain_unit_is_taken_from_under_a_shortcut_of_any_kind(join):
+def test_no_plain_unit_is_taken_from_under_a_shortcut_that_is_no_sum(join):
     blocks = find_blocks(Net(Joined(join)), X)
     assert not blocks
     assert list(blocks.refused) == ["blocks.0.branch.0"]
     assert "a shortcut leads around it" in blocks.refused["blocks.0.branch.0"]
+
+
+@pytest.mark.parametrize("join", [torch.mul, lambda x, y: torch.cat([x, y], 1)[:, ::2], lambda x, y: y * x.std()])
+def test_gates_scales_and_branches_side_by_side_are_no_shortcuts(join):
+    assert find_blocks(Net(Joined(join)), X).names == ("blocks.0.branch.0",)
 
 
 class Aside(Residual):

@@ -128,9 +128,9 @@ def problem_with(
 def _watching(
     model: nn.Module, new: Mapping[str, nn.Module]
 ) -> Iterator[tuple[dict[str, tuple[Tensor | None, int]], set[int]]]:
-    """What goes into the modules that are new, by name, each with how often it or a view of it was written to before.
+    """What goes through the modules that are new, by name, with how often it, or a view of it, was written to before.
 
-    And the memory of what the model is given.
+    None where what comes out is in another memory. And the memory of what the model is given.
     """
     passed: dict[str, tuple[Tensor | None, int]] = {}
     inputs: set[int] = set()
@@ -140,6 +140,11 @@ def _watching(
             x = first_tensor((args, kwargs))
             passed[name] = (x, 0 if x is None else x._version)
 
+    def after(name: str, module: nn.Module, args: Any, out: Any) -> None:
+        x, version = passed[name] if module is new[name] else (None, 0)
+        if x is not None and x._version == version and _memory(x) not in map(_memory, tensors_in(out)):
+            passed[name] = (None, 0)
+
     def start(module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs.update(map(_memory, tensors_in((args, kwargs))))
 
@@ -147,6 +152,7 @@ def _watching(
         hooks.enter_context(model.register_forward_pre_hook(start, with_kwargs=True))
         for name, module in new.items():
             hooks.enter_context(module.register_forward_pre_hook(partial(look, name), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(partial(after, name)))
         yield passed, inputs
 
 

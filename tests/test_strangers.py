@@ -313,6 +313,32 @@ def test_a_shortcut_that_is_a_view_is_not_written_into():
         PruningPlan(("blocks.0",)).apply(Recalled(Cropped()), X)
 
 
+class Widening(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shortcut = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(8, 16, 1)
+
+    def forward(self, x):
+        return self.shortcut(x) + F.relu(self.conv(x))
+
+
+class Rewritten(Net):
+    """Writes itself into what the block was given, so that it can never be trained."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.blocks[0](x)
+        return self.head(torch.cat([y, x.relu_()], 1).mean((2, 3)))
+
+
+def test_what_goes_through_no_block_may_be_written_into():
+    model = Rewritten(Widening(), channels=24).eval()
+    expected = copy.deepcopy(model)
+    nn.init.zeros_(expected.blocks[0].conv.weight)
+    nn.init.zeros_(expected.blocks[0].conv.bias)
+    torch.testing.assert_close(PruningPlan(("blocks.0",)).apply(model, X)(X), expected(X))
+
+
 def test_a_criterion_that_leaves_blocks_out_is_not_misled_by_what_writes_in_place():
     batches = [(torch.randn(40, 3, 8, 8), torch.arange(40) % 4)]
     model = Kept(inplace=True).eval()

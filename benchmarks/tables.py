@@ -295,8 +295,10 @@ def _rivals(columns: dict[str, list[dict[str, Any]]], shown: list[str]) -> str:
 
 def _spread(rows: list[dict[str, Any]]) -> str:
     """How far the fine-tunings of one cut lie apart."""
-    seeds = {row["asked"]: len(_finetuned(row)) for row in rows}
-    means = " and ".join(f"of {seeds[budget]} seeds at {budget:.0%}" for budget in sorted(seeds))
+    budgets: dict[int, list[str]] = {}
+    for budget, seeds in sorted({(row["asked"], len(_finetuned(row))) for row in rows}):
+        budgets.setdefault(seeds, []).append(f"{budget:.0%}")
+    means = " and ".join(f"of {seeds} seeds at {', '.join(asked)}" for seeds, asked in budgets.items())
     ranges = [max(values) - min(values) for values in map(_finetuned, rows)]
     return (
         f"The third figure is the mean {means}: those of one cut lie {statistics.mean(ranges):.1f} points apart on "

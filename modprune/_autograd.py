@@ -159,7 +159,7 @@ def last_sum(end: Edge, factors: tuple[str, ...] = ()) -> Any:
     """
     while (before := _before(end, factors)) is not None:
         end = before
-    node, made = end[0], [before for before in end[0].next_functions if before[0] is not None]
+    node, made = end[0], _inputs(end[0])
     if not is_any(node, SUMS) or _unscaled(node) != (0, 1) or len(made) != 2:
         return None
     return node if all(_shape(before) == _shape((node, 0)) for before in made) else None
@@ -170,7 +170,7 @@ def _before(made: Edge, factors: tuple[str, ...]) -> Edge | None:
     if is_any(made[0], ACTIVATIONS + LAYOUT):
         before = _changed(made)
         return before if before[0] is not None else None
-    inputs = [before for before in made[0].next_functions if before[0] is not None]
+    inputs = _inputs(made[0])
     with_number = is_any(made[0], SUMS + factors) and len(inputs) == 1  # as where RepVGG has no identity
     return inputs[0] if with_number else None
 
@@ -181,7 +181,12 @@ def _shape(made: Edge) -> tuple[int, ...]:
 
 def operands(node: Any) -> list[Any]:
     """The nodes whose values go into a node."""
-    return [before for before, _ in node.next_functions if before is not None]
+    return [before for before, _ in _inputs(node)]
+
+
+def _inputs(node: Any) -> list[Edge]:
+    """The values that go into a node, but for numbers and what needs no gradient."""
+    return [before for before in node.next_functions if before[0] is not None]
 
 
 class _Caller:

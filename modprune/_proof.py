@@ -28,7 +28,7 @@ from modprune._probe import differ, filled
 from modprune._random import is_untouched, random_state
 from modprune._state import evaluating, state_kept, traceable
 from modprune.blocks import Block
-from modprune.bypass import merged, swap
+from modprune.bypass import merged, swapped
 from modprune.cost import count_params
 
 
@@ -44,11 +44,11 @@ def seen_of(model: nn.Module, example_inputs: Any) -> Seen:
     given: list[tuple[Tensor, int]] = []
 
     def start(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given.extend((tensor, tensor._version) for tensor in tensors_in((args, kwargs)))
+        given.extend((tensor, _writes(tensor)) for tensor in tensors_in((args, kwargs)))
 
     with model.register_forward_pre_hook(start, with_kwargs=True):
         shapes = shapes_of(outputs_of(model, example_inputs))
-    return Seen(shapes, any(tensor._version != version for tensor, version in given))
+    return Seen(shapes, any(_writes(tensor) != version for tensor, version in given))
 
 
 def skipped_outputs(
@@ -76,7 +76,7 @@ def skipped_outputs(
             changed.add(name)
 
     with ExitStack() as stack:
-        stack.callback(swap, model, swap(model, others))
+        stack.enter_context(swapped(model, others))
         modules = {name: model.get_submodule(name) for name in going}
         for module in modules.values():
             stack.enter_context(filled(module, 0))
@@ -115,7 +115,7 @@ def problem_with(
         return f"{count:,} parameters are left where {most:,} at most were expected"
     if past := [name for name in new if name not in passed]:
         return f"{past[0]} is not called by that name: hold it in a ModuleList or as an attribute alone"
-    written = {name: x for name, (x, version) in passed.items() if x is not None and x._version != version}
+    written = {name: x for name, (x, version) in passed.items() if x is not None and _writes(x) != version}
     is_input = not before.writes and any(_memory(x) in inputs for x in written.values())
     if is_input or (written and not _is_harmless(model, [new[name] for name in written], example_inputs)):
         return f"a layer writes in place into what now goes through {next(iter(written))}: make it one that does not"
@@ -138,11 +138,11 @@ def _watching(
     def look(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is new[name]:  # not the block itself, whose hooks it has
             x = first_tensor((args, kwargs))
-            passed[name] = (x, 0 if x is None else x._version)
+            passed[name] = (x, 0 if x is None else _writes(x))
 
     def after(name: str, module: nn.Module, args: Any, out: Any) -> None:
         x, version = passed[name] if module is new[name] else (None, 0)
-        if x is not None and x._version == version and _memory(x) not in map(_memory, tensors_in(out)):
+        if x is not None and _writes(x) == version and _memory(x) not in map(_memory, tensors_in(out)):
             passed[name] = (None, 0)
 
     def start(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -169,6 +169,11 @@ def _dropping(model: nn.Module, factor: float) -> Iterator[None]:
             if isinstance(module, _DropoutNd) and module.inplace and module.p:
                 hooks.enter_context(module.register_forward_pre_hook(write, with_kwargs=True))
         yield
+
+
+def _writes(tensor: Tensor) -> int:
+    """How often a tensor, or a view of it, has been written to; those of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _memory(tensor: Tensor) -> int:

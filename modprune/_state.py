@@ -104,7 +104,8 @@ def state_kept(model: nn.Module) -> Iterator[None]:
             for container, before in zip(held, contents, strict=True):
                 container.clear()
                 container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
-            set_own_state(drawn, model)
+            if drawn:
+                set_own_state(drawn, model)
             for buffer, value in buffers:
                 with torch.no_grad(), suppress(NotImplementedError):  # sparse ones: none are compared, or written to
                     if not torch.equal(buffer, value):  # a write of the same values would spoil graphs it is in

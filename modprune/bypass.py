@@ -132,6 +132,16 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]
     return originals
 
 
+@contextmanager
+def swapped(model: nn.Module, new: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`swap` for a while: the originals are back after the block, Ctrl-C or not."""
+    originals = swap(model, new)
+    try:
+        yield
+    finally:
+        swap(model, originals)
+
+
 def _tell(encoder: Any) -> None:
     """Torch's encoder looks at the weights of its first layer to make nested tensors, which only whole layers take."""
     whole = not any(isinstance(layer, PassThrough) for layer in encoder.layers)
@@ -167,12 +177,8 @@ def bypassed(model: nn.Module, name: str, kind: str = "identity", outputs: Seque
     if not name or name not in dict(model.named_modules()):
         raise ValueError(f"{name!r}: {type(model).__name__} has no such module; see model.named_modules()")
     new = stand_ins(model, name, kind, outputs)
-    originals = swap(model, new)
-    try:
-        with copying(new.values()):
-            yield model
-    finally:
-        swap(model, originals)
+    with swapped(model, new), copying(new.values()):
+        yield model
 
 
 def norm_after(model: nn.Module, name: str) -> str | None:

@@ -29,8 +29,9 @@ class Recipe:
     temperature: float = 4.0
 
     def __post_init__(self) -> None:
-        if strangers := [name for name, value in vars(self).items() if not isinstance(value, Real)]:
-            raise ValueError(f"{strangers[0]}={getattr(self, strangers[0])!r}: a number is needed")
+        for name, value in vars(self).items():
+            if not isinstance(value, Real):
+                raise ValueError(f"{name}={value!r}: a number is needed")
         at_least_zero = {"lr": self.lr, "weight_decay": self.weight_decay, "warmup": self.warmup}
         for name, value in at_least_zero.items():
             if not (math.isfinite(value) and value >= 0):

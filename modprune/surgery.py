@@ -21,7 +21,7 @@ from modprune._proof import Seen, problem_with, seen_of, skipped_outputs
 from modprune._state import copied
 from modprune._trace import MARK, traced_kind, traced_outputs
 from modprune.blocks import Block, find_blocks
-from modprune.bypass import PassThrough, merged, norm_after, stand_ins, swap
+from modprune.bypass import PassThrough, merged, norm_after, stand_ins, swap, swapped
 from modprune.cost import count_params
 from modprune.plan import PruningPlan
 from modprune.width import narrow
@@ -107,16 +107,13 @@ def remove_blocks(
     before = seen_of(model, example_inputs)
     skipped = skipped_outputs(model, blocks, new, example_inputs)
     most = count_params(model) - sum(block.params for block in blocks)  # fewer if they share some among themselves
-    originals = swap(model, merged(new))
-    try:
-        problem = problem_with(model, merged(new), example_inputs, before, most, skipped)
-    except BaseException:  # Ctrl-C too leaves the model as it was
-        swap(model, originals)
-        raise
+    whole = merged(new)
+    with swapped(model, whole):
+        problem = problem_with(model, whole, example_inputs, before, most, skipped)
     if problem:
-        swap(model, originals)
         culprit = _culprit(model, blocks, new, example_inputs, before) or f"{names[0]} and the others together"
         raise RuntimeError(f"removing {culprit} failed: {problem}; the model is as it was; leave it out")
+    swap(model, whole)
     _rebuild_graph(model, example_inputs)
     return model
 
@@ -175,11 +172,9 @@ def _culprit(
     whole = count_params(model)
     for block, parts in zip(blocks, new, strict=True):
         skipped = skipped_outputs(model, [block], [parts], example_inputs)
-        originals = swap(model, parts)
-        broken = problem_with(model, parts, example_inputs, before, whole - block.params, skipped)
-        swap(model, originals)
-        if broken:
-            return block.name
+        with swapped(model, parts):
+            if problem_with(model, parts, example_inputs, before, whole - block.params, skipped):
+                return block.name
     return ""
 
 

@@ -130,7 +130,7 @@ def _watching(
 ) -> Iterator[tuple[dict[str, tuple[Tensor | None, int]], set[int]]]:
     """What goes through the modules that are new, by name, with how often it, or a view of it, was written to before.
 
-    None where what comes out is in another memory. And the memory of what the model is given.
+    What comes out of them where that is in another memory. And the memory of what the model is given.
     """
     passed: dict[str, tuple[Tensor | None, int]] = {}
     inputs: set[int] = set()
@@ -143,7 +143,8 @@ def _watching(
     def after(name: str, module: nn.Module, args: Any, out: Any) -> None:
         x, version = passed[name] if module is new[name] else (None, 0)
         if x is not None and _writes(x) == version and _memory(x) not in map(_memory, tensors_in(out)):
-            passed[name] = (None, 0)
+            y = first_tensor(out)
+            passed[name] = (y, 0 if y is None else _writes(y))
 
     def start(module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs.update(map(_memory, tensors_in((args, kwargs))))

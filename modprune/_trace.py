@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from modprune._inputs import first_line, map_tensors
 from modprune._state import evaluating, state_kept
@@ -46,7 +47,7 @@ def shortcut_only(block: nn.Module) -> fx.GraphModule:
     """
     with state_kept(block):
         graph, total, side = _shortcut(block)
-        total.replace_all_uses_with(side)
+        total.replace_all_uses_with(_handed_on(total, side, block))
         kept = _lean(block, graph)
     for inner, module in kept.named_modules():
         module.training = block.get_submodule(inner).training
@@ -78,6 +79,20 @@ def traced_and_run(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, 
         with counted_flops() as counter:
             alone, _ = lean.forward(*again, **kwagain)
         return made, within, alone, counter.total
+
+
+def _handed_on(total: fx.Node, side: fx.Node, block: nn.Module) -> fx.Node:
+    """The shortcut; a copy of it where what comes after the sum writes into it, and its own gradient may need it.
+
+    That of a sum needs no result, nor does that of a norm or a convolution; that of an activation does.
+    """
+    last = block.get_submodule(str(side.target)) if side.op == "call_module" else None
+    while isinstance(last, nn.Sequential) and len(last):
+        last = last[-1]
+    if isinstance(last, (*_NORM_LAYERS, _ConvNd)) or not any(_writes(node, block) for node in total.users):
+        return side
+    with total.graph.inserting_after(side):
+        return total.graph.call_method("clone", (side,))
 
 
 def _lean(block: nn.Module, graph: fx.Graph) -> fx.GraphModule:
@@ -293,6 +308,14 @@ def _scaled(node: fx.Node, block: nn.Module) -> fx.Node | None:
     behind = {side: _behind(side) for side in node.args if isinstance(side, fx.Node)}
     made = [side for side, nodes in behind.items() if _input(node.graph) in nodes or _params_of(nodes, block)]
     return made[0] if len(made) == 1 and ("mul" in _operation(node) or made[0] is node.args[0]) else None
+
+
+def _writes(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a node writes into what it is given."""
+    if node.op == "call_module":
+        return any(getattr(module, "inplace", False) for module in block.get_submodule(str(node.target)).modules())
+    told = bool(node.kwargs.get("inplace")) or any(value is True for value in node.args)
+    return told or _operation(node).endswith("_")  # `+=` is traced as a sum of its own
 
 
 def _asks_for_mode(node: fx.Node) -> bool:

@@ -298,24 +298,33 @@ def test_inputs_may_be_sparse(form):
 class Cropped(nn.Module):
     """A valid convolution whose shortcut is a view; the activation after the sum writes in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, within: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3)
+        self.conv, self.within = nn.Conv2d(8, 8, 3), within
 
     def forward(self, x):
-        return (self.conv(x) + x[:, :, 1:-1, 1:-1]).relu_()
+        total = self.conv(x) + x[:, :, 1:-1, 1:-1]
+        return total.relu_() if self.within else total
 
 
 class Recalled(Net):
     def forward(self, x):
         kept = self.stem(x)
-        return self.head(self.blocks[0](kept).mean((2, 3)) + kept.mean((2, 3)))
+        block = self.blocks[0]
+        y = block(kept) if block.within else block(kept).relu_()
+        return self.head(y.mean((2, 3)) + kept.mean((2, 3)))
 
 
 def test_a_shortcut_that_is_a_view_is_not_written_into():
-    assert find_blocks(Recalled(Cropped()), X)[0].kind == "transition"
     with pytest.raises(RuntimeError, match=r"writes in place into what now goes through blocks\.0"):
-        PruningPlan(("blocks.0",)).apply(Recalled(Cropped()), X)
+        PruningPlan(("blocks.0",)).apply(Recalled(Cropped(within=False)), X)
+    model = Recalled(Cropped(within=True)).eval()
+    expected = copy.deepcopy(model)
+    for parameter in expected.blocks[0].parameters():
+        nn.init.zeros_(parameter)
+    assert find_blocks(model, X)[0].kind == "transition"
+    assert torch.equal(PruningPlan(("blocks.0",)).apply(model, X)(X), expected(X))
+
 
 
 class Widening(nn.Module):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from modprune import GradualPruning, PruningPlan, load, save
+from modprune._trace import shortcut_only
 from modprune.blocks import find_blocks
 from modprune.cost import count_macs, count_params
 
@@ -109,6 +110,47 @@ def test_what_stays_is_the_shortcut_and_comes_back_from_a_file(name, tmp_path):
     torch.testing.assert_close(model(X), expected(X))
     save(model, tmp_path / "m.safetensors")
     assert torch.equal(load(tmp_path / "m.safetensors", network(GOOD[name], kind)).eval()(X), model(X))
+
+
+WRITTEN = {
+    "module": lambda m, x: m.inner(m.branch(x) + F.relu(m.shortcut(x))),
+    "sequential": lambda m, x: m.last(m.branch(x) + m.shortcut(x).tanh()),
+    "function": lambda m, x: F.relu(m.branch(x) + m.shortcut(x).sigmoid(), inplace=True),
+    "positional": lambda m, x: F.relu(m.branch(x) + m.shortcut(x).sigmoid(), True),
+    "method": lambda m, x: (m.branch(x) + m.inner(m.shortcut(x))).clamp_(0, 6),
+    "view": lambda m, x: (m.branch(x) + m.shortcut(x).relu().flatten(2).view(2, 16, 8, 8)).relu_(),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_stays_can_be_trained_where_a_layer_writes_into_the_sum(name):
+    model = network(WRITTEN[name])
+    model[1].last = nn.Sequential(nn.ReLU(inplace=True))
+    expected = copy.deepcopy(model)
+    nn.init.zeros_(expected[1].branch.weight)
+    PruningPlan(("1",)).apply(model, X)
+    torch.testing.assert_close(model(X), expected(X))
+    for network_ in (model.train(), expected.train()):
+        network_(X).square().sum().backward()
+    torch.testing.assert_close(model[1].shortcut.weight.grad, expected[1].shortcut.weight.grad)
+
+
+def test_nothing_is_copied_for_a_gradient_that_does_not_need_it():
+    block = Transition(lambda m, x: m.inner(m.branch(x) + m.shortcut(x)))
+    assert "clone" not in shortcut_only(block).code
+    block.shortcut = nn.Sequential(block.shortcut, nn.BatchNorm2d(16))
+    assert "clone" not in shortcut_only(block).code
+    block.shortcut.append(nn.ReLU())
+    assert "clone" in shortcut_only(block).code
+
+
+def test_what_a_layer_after_the_block_writes_into_is_named():
+    model = network(lambda m, x: m.branch(x) + m.shortcut(x).relu())
+    model.insert(2, nn.ReLU(inplace=True))
+    with pytest.raises(RuntimeError, match="writes in place into what now goes through 1"):
+        PruningPlan(("1",)).apply(model, X)
+    model[2].inplace = False
+    PruningPlan(("1",)).apply(model, X).train()(X).sum().backward()
 
 
 class Pair(nn.Module):

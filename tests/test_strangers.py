@@ -326,7 +326,6 @@ def test_a_shortcut_that_is_a_view_is_not_written_into():
     assert torch.equal(PruningPlan(("blocks.0",)).apply(model, X)(X), expected(X))
 
 
-
 class Widening(nn.Module):
     def __init__(self) -> None:
         super().__init__()

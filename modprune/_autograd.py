@@ -152,6 +152,11 @@ def _unscaled(node: Any) -> tuple[int, ...]:
     return (0, 1) if is_any(node, ("AddBackward",)) and getattr(node, "_saved_alpha", 1) == 1 else (0,)
 
 
+def is_sum_of(node: Any, a: Edge, b: Edge) -> bool:
+    """Whether a node is the sum of just these two values, as they are."""
+    return is_any(node, ("AddBackward",)) and _unscaled(node) == (0, 1) and set(node.next_functions) == {a, b}
+
+
 def last_sum(end: Edge, factors: tuple[str, ...] = ()) -> Any:
     """The node of the sum that ends a computation, but for activations, changes of layout and `factors`; else None.
 

@@ -11,17 +11,28 @@ from torch import Tensor, nn
 
 from modprune._inputs import first_tensor, map_tensors
 
+ADDED = "+"
+"""Before the name of a module: what it gives and what it was given, added up."""
+
+
+def heard(model: nn.Module, name: str) -> nn.Module:
+    """The module of a name, with `ADDED` before it or without."""
+    return model.get_submodule(name.removeprefix(ADDED))
+
 
 @contextmanager
 def listening(modules: Mapping[str, nn.Module], after: Callable[[str, Any], None]) -> Iterator[None]:
-    """`after(name, output)` whenever one of these modules has run."""
+    """`after(name, output)` whenever one of these modules has run; with `ADDED` before the name, output and input."""
 
-    def hook(name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        x, y = first_tensor((args, kwargs)), first_tensor(output)
+        if name.startswith(ADDED) and x is not None and y is not None:
+            output = x + y
         after(name, output)
 
     with ExitStack() as hooks:
         for name, module in modules.items():
-            hooks.enter_context(module.register_forward_hook(partial(hook, name)))
+            hooks.enter_context(module.register_forward_hook(partial(hook, name), with_kwargs=True))
         yield
 
 

@@ -27,6 +27,7 @@ from modprune._autograd import (
     identity_path,
     is_any,
     is_parameter,
+    is_sum_of,
     last_sum,
     operands,
     parameters,
@@ -34,6 +35,7 @@ from modprune._autograd import (
 )
 from modprune._bare import check_bare, check_filled
 from modprune._calls import Call, may_be_block, record_calls
+from modprune._hooks import ADDED
 from modprune._inputs import batch_size, device_of, to_device
 from modprune._probe import is_own_norm, shortcut_flops, without_parameters
 from modprune._state import traceable
@@ -44,16 +46,18 @@ from modprune.cost import counted_macs
 
 @dataclass(frozen=True)
 class Block:
-    """A sub-module whose output is `shortcut(x) + branch(x)`, or a plain unit, as a value.
+    """A sub-module whose output is `shortcut(x) + branch(x)`, a branch alone, or a plain unit, as a value.
 
     Attributes:
         name: qualified name, as in `model.get_submodule(name)`; of a plain unit, that of its convolution.
         kind: "identity" (the shortcut is x: the whole block can go), "transition" (the shortcut changes the shape: the
-            branch can go) or "plain" (convolution, norm and activation that keep the shape).
+            branch can go), "branch" (what it gives is added to its input by the code around it, and nothing else) or
+            "plain" (convolution, norm and activation that keep the shape).
         params: parameters that go with it; those shared with other layers do not.
         macs: MACs per sample that go with it, see `count_macs`.
         layers: qualified names of the layers that go with it, in the order of `model.named_modules()`.
-        end: the layer whose output is the block's: itself; of a plain unit its activation, or norm if that is no layer.
+        end: the layer whose output is the block's: itself; of a plain unit its activation, or norm if that is no layer;
+            of a branch, itself after a "+": its output and its input together.
         exact: whether the block with all parameters zero gave its input back bit for bit, the proof that the
             shortcut is the identity; False for other kinds and where an activation follows that alters its input.
         outputs: for each item of the tuple that it gives back, which of its arguments stands in once it is gone, by
@@ -110,7 +114,8 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
     """The removable blocks of a model in forward order, with what each costs; empty if it has none.
 
     Residual blocks; where they lie in one another the inner ones, unless the outer one adds something itself that is
-    a quarter of its parameters. Plain units where the model has no shortcut at all.
+    a quarter of its parameters. Where code adds what modules give to what they were given, as in a loop over layers,
+    these modules, if two of them are alike. Plain units where the model has no shortcut at all.
 
     One forward pass, traced and counted, and one more of every identity block, for the proof that the shortcut is the
     identity; two where there is no shortcut. The model is left as found.
@@ -136,7 +141,8 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         with counted_macs(model, inputs) as macs:
             calls, output = record_calls(model, inputs)
         uses = users(output)
-        found, refused = _residual(calls, uses, _held(model))
+        held = _held(model)
+        found, refused = _with_branches(model, calls, uses, held, *_residual(calls, uses, held))
         refused |= _checkpointed(calls, uses)
         if not found and not refused:
             calls, output = record_calls(model, inputs, leaves=True)
@@ -194,6 +200,44 @@ def _residual(
         refused = {n: refused[n] for n in refused if n not in inner}
         found[name] = kind, kept
     return {name: found[name] for name in calls if name in found}, refused
+
+
+def _with_branches(
+    model: nn.Module,
+    calls: dict[str, Call],
+    uses: dict[Any, set[Any]],
+    held: dict[nn.Module, str],
+    found: _Found,
+    refused: dict[str, str],
+) -> tuple[_Found, dict[str, str]]:
+    """Also branches whose sums lie in the code around them, where two are alike; not what that code is of, a stage."""
+    sums = {(seen.start, seen.end): name for name, seen in reversed(calls.items()) if _is_branch(seen, uses)}
+    blocks = {*found, *refused}
+    groups: dict[str, dict[str, str]] = {}
+    for name in sums.values():  # of modules with one and the same sum the outermost
+        if not any(other.startswith(f"{name}.") for other in (*blocks, *sums.values())):
+            stage = max((outer for outer in blocks if f"{name}.".startswith(f"{outer}.")), key=len, default="")
+            groups.setdefault(stage, {})[name] = _obstacle(calls[name], uses, held)
+    for stage, group in groups.items():
+        free = [name for name, reason in group.items() if not reason]
+        shapes = Counter(tuple(p.shape for p in calls[name].module.parameters()) for name in free)
+        gone = any(getattr(module, MARK, "") == "branch" for module in model.get_submodule(stage).modules())
+        if max(shapes.values(), default=0) > 1 - gone:
+            found = {name: what for name, what in found.items() if name != stage}
+            found |= dict.fromkeys(free, ("branch", _Shortcut()))
+            refused = {name: why for name, why in refused.items() if name != stage}
+            refused |= {name: reason for name, reason in group.items() if reason}
+    return {name: found[name] for name in calls if name in found}, refused
+
+
+def _is_branch(seen: Call, uses: dict[Any, set[Any]]) -> bool:
+    """Whether what a module gives is made from its input and goes into a sum with that, as it is, and nowhere else."""
+    if seen.end is None or seen.shape != seen.x.shape or seen.outputs or not may_be_block(seen.module):
+        return False
+    total = next(iter(uses.get(seen.end[0], ())), None)
+    if len(uses.get(seen.end[0], ())) != 1 or not is_sum_of(total, seen.end, seen.start):
+        return False
+    return seen.start[0] in between(seen.end[0], seen.start) and seen.end[0] is not seen.start[0]
 
 
 def _stays(seen: Call) -> _Shortcut:
@@ -356,7 +400,8 @@ def _describe(
     freed = sum(p.numel() for p in _alone(inside, roots, places) if id(p) not in stays.parameters)
     layers = tuple(n for n, ps in own.items() if ps and not any(id(p) in stays.parameters for p in ps))
     macs_freed = macs[seen.name] - stays.flops // (2 * samples)
-    return Block(seen.name, kind, freed, macs_freed, layers, roots[-1], exact, seen.outputs)
+    end = f"{ADDED}{seen.name}" if kind == "branch" else roots[-1]
+    return Block(seen.name, kind, freed, macs_freed, layers, end, exact, seen.outputs)
 
 
 def tied_params(model: nn.Module, blocks: Iterable[Block]) -> int:

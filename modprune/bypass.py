@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
@@ -26,7 +27,7 @@ class PassThrough(nn.Module):
     Args:
         outputs: for each item of the tuple that the block gave, which argument stands in, by position (of a tuple that
             comes first, its items count); -1 for None. Empty if the block gave no tuple.
-        kind: of the block that stood here, "identity" or "plain".
+        kind: of the block that stood here, "identity", "plain" or "branch".
         block: the block itself, whose plain attributes stay readable.
 
     >>> PassThrough()("x", "mask"), PassThrough(outputs=(0, -1))(hidden="x")
@@ -53,6 +54,18 @@ class PassThrough(nn.Module):
         values = (*args, *kwargs.values())  # next(..., None) is not for torch.export of torch 2.6
         whole = values[0] if values else None
         return like(whole, items) if isinstance(whole, tuple) and len(whole) == len(items) else tuple(items)
+
+
+class Zero(PassThrough):
+    """Gives zeros such as its first argument: what code adds to that then changes nothing.
+
+    >>> Zero()(Tensor([1.0])).tolist()
+    [0.0]
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Zeros of the shape, type and device of the first tensor given."""
+        return torch.zeros_like(super().forward(*args, **kwargs))
 
 
 class Copy(nn.Module):
@@ -95,6 +108,8 @@ def _stand_ins(model: nn.Module, name: str, kind: str, outputs: Sequence[int]) -
     block = model.get_submodule(name)
     if kind == "identity":
         return {name: PassThrough(outputs, block=block)}
+    if kind == "branch":
+        return {name: Zero(kind=kind, block=block)}
     if kind == "transition":
         try:
             return {name: shortcut_only(block)}

@@ -121,7 +121,8 @@ def modularity_curve(
         repeats: how many times.
         example_inputs: to find the blocks with; one sample of the first batch if None.
         blocks: those of `find_blocks`, where they are known already, or some of them.
-        layers: names of the sub-modules to measure instead, in forward order; their first output tensor is the feature.
+        layers: names of the sub-modules to measure instead, in forward order; their first output tensor is the feature,
+            with a "+" before the name that and their first input tensor, added up.
         budget: bytes that features may take at a time. Less of it takes more passes and gives the same numbers (up to
             rounding below 32 MiB or so).
 

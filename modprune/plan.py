@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
-KINDS = ("identity", "transition", "plain")
+KINDS = ("identity", "transition", "branch", "plain")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PruningPlan:
 
     Attributes:
         remove: names of blocks, in forward order.
-        kinds: the kind of each, "identity", "transition" or "plain"; empty in a plan written by hand, then found out.
+        kinds: the kind of each, see `modprune.Block.kind`; empty in a plan written by hand, then found out.
         outputs: the form of what each gave back, see `modprune.Block.outputs`; empty as `kinds`.
         width: layers by name with the output channels that go from them once the blocks are gone.
         criterion: what scored the blocks.

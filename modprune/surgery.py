@@ -78,7 +78,7 @@ def remove_blocks(
     Args:
         model: a bare module: not wrapped in DistributedDataParallel, not the result of `torch.compile`.
         names: of the blocks.
-        kinds: "identity", "transition" or "plain" for each; without `example_inputs` they are found out by tracing
+        kinds: of each, see `Block.kind`; without `example_inputs` they are found out by tracing
             each block alone if empty.
         outputs: the form of what each gives back, see `Block.outputs`; found out in the same way if empty.
         example_inputs: if given, `find_blocks` has the word on what can go and how, and the surgery is proven: outputs

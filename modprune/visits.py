@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modprune._hooks import comparing, listening
+from modprune._hooks import ADDED, comparing, heard, listening
 from modprune._inputs import (
     ONCE,
     batch_size,
@@ -62,10 +62,10 @@ def visit(
             raise _Enough
 
     known = dict(model.named_modules(remove_duplicate=False))
-    if unknown := [layer for layer in seen if layer not in known]:
+    if unknown := [layer for layer in seen if layer.removeprefix(ADDED) not in known]:
         raise ValueError(f"layer {unknown[0]!r}: {type(model).__name__} has no such module; see model.named_modules()")
-    heard = {layer: known[layer] for layer in seen}
-    with listening(heard, look), evaluating(model), state_kept(model), torch.no_grad():
+    modules = {layer: known[layer.removeprefix(ADDED)] for layer in seen}
+    with listening(modules, look), evaluating(model), state_kept(model), torch.no_grad():
         for inputs, labels in sample:
             size, passes = len(labels), passes + 1
             with suppress(_Enough):
@@ -102,9 +102,9 @@ def pairs(
     seen = size = 0
 
     def look(layer: str, x: Tensor, y: Tensor) -> None:
-        row[layer] = measure(x, y, size)
+        row[layer] = measure(x, x + y if spans[layer].startswith(ADDED) else y, size)
 
-    modules = {layer: (model.get_submodule(layer), model.get_submodule(last)) for layer, last in spans.items()}
+    modules = {layer: (model.get_submodule(layer), heard(model, last)) for layer, last in spans.items()}
     with comparing(modules, look), evaluating(model), state_kept(model), undisturbed(loader), torch.no_grad():
         for batch in loader:
             inputs = split_batch(batch)[0]
@@ -144,7 +144,7 @@ def pooled(model: nn.Module, layers: Sequence[str], sample: Sample) -> dict[str,
     parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
     def keep(layer: str, features: Tensor, _: int) -> None:
-        own = [p.shape for p in model.get_submodule(layer).parameters() if p.ndim]
+        own = [p.shape for p in heard(model, layer).parameters() if p.ndim]
         sizes, rows = {shape[0] for shape in own}, {shape[0] for shape in own if len(shape) == 2}
         convolved = features.shape[1] in {shape[0] for shape in own if len(shape) == features.ndim}
         matched = features.shape[-1] in rows or (features.shape[-1] in sizes and features.shape[1] not in sizes)

@@ -175,7 +175,7 @@ class Turned(nn.Module):
         return F.linear(F.normalize(x, dim=-1), self.weight)
 
 
-@pytest.mark.parametrize(("layer", "kinds"), [(ByHand, {"identity"}), (Scaled, set()), (Turned, set())])
+@pytest.mark.parametrize(("layer", "kinds"), [(ByHand, {"identity"}), (Scaled, {"branch"}), (Turned, {"branch"})])
 def test_a_norm_of_ones_own_may_follow_the_sum(layer, kinds):
     class Post(Residual):
         def __init__(self) -> None:

@@ -500,7 +500,7 @@ class Texts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 4)
+        self.embed, self.head, self.scale = nn.Embedding(20, 8), nn.Linear(8, 4), 0.5
         self.units = nn.ModuleList(
             nn.Sequential(nn.Conv1d(8, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU()) for _ in range(3)
         )
@@ -508,7 +508,7 @@ class Texts(nn.Module):
     def forward(self, ids):
         x = self.units[0](self.embed(ids).mT)
         for unit in self.units[1:]:
-            x = x + unit(x)
+            x = x + self.scale * unit(x)
         return self.head(x.mean(2))
 
 

@@ -141,8 +141,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
         with counted_macs(model, inputs) as macs:
             calls, output = record_calls(model, inputs)
         uses = users(output)
-        held = _held(model)
-        found, refused = _with_branches(model, calls, uses, held, *_residual(calls, uses, held))
+        found, refused = _with_branches(model, calls, uses, _held(model))
         refused |= _checkpointed(calls, uses)
         if not found and not refused:
             calls, output = record_calls(model, inputs, leaves=True)
@@ -203,31 +202,36 @@ def _residual(
 
 
 def _with_branches(
-    model: nn.Module,
-    calls: dict[str, Call],
-    uses: dict[Any, set[Any]],
-    held: dict[nn.Module, str],
-    found: _Found,
-    refused: dict[str, str],
+    model: nn.Module, calls: dict[str, Call], uses: dict[Any, set[Any]], held: dict[nn.Module, str]
 ) -> tuple[_Found, dict[str, str]]:
-    """Also branches whose sums lie in the code around them, where two are alike; not what that code is of, a stage."""
-    sums = {(seen.start, seen.end): name for name, seen in reversed(calls.items()) if _is_branch(seen, uses)}
+    """`_residual`, and branches whose sums lie in the code around them, where two are alike.
+
+    A module whose code that is looks residual as a whole, but is a stage.
+    """
+    found, refused = _residual(calls, uses, held)
     blocks = {*found, *refused}
+    sums = {(seen.start, seen.end): name for name, seen in reversed(calls.items()) if _is_branch(seen, uses)}
     groups: dict[str, dict[str, str]] = {}
     for name in sums.values():  # of modules with one and the same sum the outermost
         if not any(other.startswith(f"{name}.") for other in (*blocks, *sums.values())):
             stage = max((outer for outer in blocks if f"{name}.".startswith(f"{outer}.")), key=len, default="")
             groups.setdefault(stage, {})[name] = _obstacle(calls[name], uses, held)
-    for stage, group in groups.items():
-        free = [name for name, reason in group.items() if not reason]
-        shapes = Counter(tuple(p.shape for p in calls[name].module.parameters()) for name in free)
-        gone = any(getattr(module, MARK, "") == "branch" for module in model.get_submodule(stage).modules())
-        if max(shapes.values(), default=0) > 1 - gone:
-            found = {name: what for name, what in found.items() if name != stage}
-            found |= dict.fromkeys(free, ("branch", _Shortcut()))
-            refused = {name: why for name, why in refused.items() if name != stage}
-            refused |= {name: reason for name, reason in group.items() if reason}
+    groups = {stage: group for stage, group in groups.items() if _are_alike(model, calls, stage, group)}
+    if groups.keys() & blocks:
+        rest = {name: seen for name, seen in calls.items() if name not in groups}
+        return _with_branches(model, rest, uses, held)
+    for group in groups.values():
+        found |= {name: ("branch", _Shortcut()) for name, reason in group.items() if not reason}
+        refused |= {name: reason for name, reason in group.items() if reason}
     return {name: found[name] for name in calls if name in found}, refused
+
+
+def _are_alike(model: nn.Module, calls: dict[str, Call], stage: str, group: Mapping[str, str]) -> bool:
+    """Whether two of these branches that can go are alike, or one can go where another is gone."""
+    free = [calls[name].module for name, reason in group.items() if not reason]
+    shapes = Counter(tuple(p.shape for p in module.parameters()) for module in free)
+    gone = any(getattr(module, MARK, "") == "branch" for module in model.get_submodule(stage).modules())
+    return max(shapes.values(), default=0) > 1 - gone
 
 
 def _is_branch(seen: Call, uses: dict[Any, set[Any]]) -> bool:

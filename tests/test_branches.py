@@ -181,3 +181,16 @@ def test_what_is_used_elsewhere_or_called_twice_is_none():
     )
     assert len(blocks) == 4
     assert set(blocks.refused) == {"body.layers.0.0", "body.layers.0.1"}
+
+
+def test_blocks_beside_the_branches_of_a_loop_are_blocks():
+    class Beside(Loop):
+        def forward(self, x):
+            for mix, feed, block in self.layers:
+                x = block(x + mix(x))
+                x = x + feed(x)
+            return x
+
+    body = Beside([nn.ModuleList([Mix(), Feed(), Once(nn.Sequential(nn.Linear(8, 8)))]) for _ in range(2)])
+    blocks = find_blocks(Network(body), X)
+    assert [block.kind for block in blocks] == ["branch", "identity", "branch"] * 2

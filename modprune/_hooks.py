@@ -25,9 +25,9 @@ def listening(modules: Mapping[str, nn.Module], after: Callable[[str, Any], None
     """`after(name, output)` whenever one of these modules has run; with `ADDED` before the name, output and input."""
 
     def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        x, y = first_tensor((args, kwargs)), first_tensor(output)
-        if name.startswith(ADDED) and x is not None and y is not None:
-            output = x + y
+        if name.startswith(ADDED):
+            x, y = first_tensor((args, kwargs)), first_tensor(output)
+            output = None if x is None or y is None else x + y
         after(name, output)
 
     with ExitStack() as hooks:

@@ -238,10 +238,10 @@ def _is_branch(seen: Call, uses: dict[Any, set[Any]]) -> bool:
     """Whether what a module gives is made from its input and goes into a sum with that, as it is, and nowhere else."""
     if seen.end is None or seen.shape != seen.x.shape or seen.outputs or not may_be_block(seen.module):
         return False
-    total = next(iter(uses.get(seen.end[0], ())), None)
-    if len(uses.get(seen.end[0], ())) != 1 or not is_sum_of(total, seen.end, seen.start):
+    after = uses.get(seen.end[0], set())
+    if len(after) != 1 or not is_sum_of(next(iter(after)), seen.end, seen.start):
         return False
-    return seen.start[0] in between(seen.end[0], seen.start) and seen.end[0] is not seen.start[0]
+    return seen.end[0] is not seen.start[0] and seen.start[0] in between(seen.end[0], seen.start)
 
 
 def _stays(seen: Call) -> _Shortcut:

@@ -73,13 +73,14 @@ def remove_blocks(
 ) -> nn.Module:
     """Remove blocks in place: identity blocks become pass-throughs, of transition blocks the shortcut stays.
 
-    Of a plain unit, convolution, norm and activation become pass-throughs; an activation that is no module stays.
+    Of a plain unit, convolution, norm and activation become pass-throughs; an activation that is no module stays. A
+    branch gives zeros, and the code that adds them stays.
 
     Args:
         model: a bare module: not wrapped in DistributedDataParallel, not the result of `torch.compile`.
         names: of the blocks.
-        kinds: of each, see `Block.kind`; without `example_inputs` they are found out by tracing
-            each block alone if empty.
+        kinds: of each, see `Block.kind`; without `example_inputs` they are found out by tracing each block alone if
+            empty, which tells nothing of a branch.
         outputs: the form of what each gives back, see `Block.outputs`; found out in the same way if empty.
         example_inputs: if given, `find_blocks` has the word on what can go and how, and the surgery is proven: outputs
             have the shapes they had, and the values they have with the blocks' parameters zero where each gives its

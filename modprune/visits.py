@@ -61,10 +61,10 @@ def visit(
         if not whole and min(seen.values()) == passes:
             raise _Enough
 
-    known = dict(model.named_modules(remove_duplicate=False))
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     if unknown := [layer for layer in seen if layer.removeprefix(ADDED) not in known]:
         raise ValueError(f"layer {unknown[0]!r}: {type(model).__name__} has no such module; see model.named_modules()")
-    modules = {layer: known[layer.removeprefix(ADDED)] for layer in seen}
+    modules = {layer: heard(model, layer) for layer in seen}
     with listening(modules, look), evaluating(model), state_kept(model), torch.no_grad():
         for inputs, labels in sample:
             size, passes = len(labels), passes + 1

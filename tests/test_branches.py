@@ -174,7 +174,7 @@ def test_what_is_used_elsewhere_or_called_twice_is_none():
             outs = [layer[1](x) for layer in self.layers]
             return sum(x + out for out in outs) + outs[0]
 
-    assert not [block for block in find_blocks(Network(Kept()), X) if block.kind == "branch" and ".0.1" in block.name]
+    assert find_blocks(Network(Kept()), X).names == ("body.layers.1.1", "body.layers.2.1")
     twice = nn.ModuleList([Mix(), Feed()])
     blocks = find_blocks(
         Network(Loop([twice, nn.ModuleList([Mix(), Feed()]), nn.ModuleList([Mix(), Feed()]), twice])), X
@@ -194,3 +194,27 @@ def test_blocks_beside_the_branches_of_a_loop_are_blocks():
     body = Beside([nn.ModuleList([Mix(), Feed(), Once(nn.Sequential(nn.Linear(8, 8)))]) for _ in range(2)])
     blocks = find_blocks(Network(body), X)
     assert [block.kind for block in blocks] == ["branch", "identity", "branch"] * 2
+
+
+def test_by_name_alone_nothing_tells_that_it_is_one():
+    model = network()
+    with pytest.raises(ValueError, match=r"body\.layers\.0\.0: cannot be removed: .*give example_inputs, or kinds"):
+        PruningPlan(NAMES[:1]).apply(model)
+    with pytest.raises(ValueError, match=r"layer '\+nothing': Network has no such module"):
+        modularity_curve(model, LOADER, samples=30, repeats=1, layers=["+nothing"])
+
+
+def test_what_gives_a_tuple_is_none():
+    class Weighted(Mix):
+        def forward(self, x):
+            return super().forward(x), None
+
+    class Opening(Loop):
+        def forward(self, x):
+            for mix, feed in self.layers:
+                x = x + mix(x)[0]
+                x = x + feed(x)
+            return x
+
+    body = Opening([nn.ModuleList([Weighted(), Feed()]) for _ in range(2)])
+    assert find_blocks(Network(body), X).names == ("body.layers.0.1", "body.layers.1.1")

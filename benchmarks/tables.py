@@ -174,10 +174,9 @@ def _costs(folder: Path) -> dict[str, str]:
             f"peak {memory['peak_mib']:.0f} MiB with a budget of {memory['budget_mib']:.0f} MiB (a forward pass alone: "
             f"{memory['peak_of_a_forward_pass_mib']:.0f}), in {memory['seconds'] / 60:.0f} minutes"
         )
-    dtype = (tune["autocast"] or "torch.float32").removeprefix("torch.")
-    for r in tune["images_per_second"]:
-        found[f"Fine-tuning {r['network']} (channels last) against Dataset and DataLoader (float32)"] = (
-            f"{r['ratio']:.2f}x the images per second, in {dtype}"
+    for row in tune["networks"]:
+        found[f"Fine-tuning {row['network']} against Dataset and DataLoader in float32: images per second"] = ", ".join(
+            f"{ratio:.2f}x {'and ' if way == 'compiled' else 'in '}{way}" for way, ratio in row["ratios"].items()
         )
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,7 +47,8 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()} ({torch.backends.cpu.get_cpu_capability()})"
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    said = info.read_text() if info.exists() else ""
+    units = torch.backends.cpu.get_cpu_capability() + (", AMX" if " amx_tile" in said else "")
+    name = re.search(r"^model name\s*: (.*)", said, re.MULTILINE)
+    return f"{name[1].strip()} ({units})" if name else platform.processor() or platform.machine()

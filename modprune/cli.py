@@ -200,6 +200,9 @@ def prune(
     lr: Rate = 0.1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 128,
     seed: Seed = 0, device: Device = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Fine-tune by torch.compile: faster, after a minute or less of compiling.")
+    ] = False,
     log_with: Annotated[list[str], typer.Option(help="Trackers of accelerate: tensorboard, wandb, ...; repeatable.")]
     = [],  # noqa: B006 (typer reads it, nobody changes it)
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")] = False,
@@ -218,7 +221,7 @@ def prune(
     recipe = Recipe(epochs=epochs, lr=lr) if epochs else None
     report = prune_job(
         network, train, test, out, flops=flops, params=params, blocks=count, latency=latency, width=width,
-        criterion=criterion, recipe=recipe, batch_size=batch_size, pad=train.pad, seed=seed,
+        criterion=criterion, recipe=recipe, batch_size=batch_size, pad=train.pad, seed=seed, compiled=compiled,
         log_with=log_with, resume=resume,
     )  # fmt: skip
     if place()[0] == 0:

@@ -55,6 +55,7 @@ def prune_job(
     batch_size: int = 128,
     pad: int = 4,
     seed: int = 0,
+    compiled: bool = False,
     log_with: Sequence[str] = (),
     resume: bool = False,
 ) -> Report:
@@ -75,6 +76,7 @@ def prune_job(
         recipe: of the fine-tuning; None leaves it out.
         batch_size, pad: of the training images, see `ImageLoader`.
         seed: of calibration images, order and augmentation.
+        compiled: fine-tune by `torch.compile`, which begins each time with a minute or less of compiling.
         log_with: names of accelerate's trackers that get the epochs as well: "tensorboard", "wandb", ...
         resume: go on from the newest checkpoint in `out`, to the result of an uninterrupted run. Of a finished one,
             the report is made again and nothing else is done, but that checkpoints which a kill has left go.
@@ -89,8 +91,9 @@ def prune_job(
     out, device = Path(out), device_of(model)
     first = meet(device)
     budgets = {"flops": flops, "params": params, "blocks": blocks, "latency": latency, "width": width}
-    rest = {"recipe": recipe and asdict(recipe), "batch_size": batch_size, "pad": pad, "seed": seed}
-    arguments = {**_made_of(model, train), "criterion": _constants(resolve(criterion)), **budgets, **rest}
+    rest = {"batch_size": batch_size, "pad": pad, "seed": seed, "compiled": compiled}
+    how = {"criterion": _constants(resolve(criterion)), **budgets, "recipe": recipe and asdict(recipe), **rest}
+    arguments = {**_made_of(model, train), **how}
     # Before the minutes of measuring, not after.
     check_names(log_with)
     check_writable(out)
@@ -116,7 +119,7 @@ def prune_job(
         if recipe is not None:
             loader = ImageLoader(train, batch_size, pad=pad, shuffle=True, seed=seed, device=device)
             with trackers(log_with if first else (), out, arguments) as log:
-                _recover(pruned, model, loader, recipe, out, resume, log if first else None)
+                _recover(pruned, model, loader, recipe, out, compiled, resume, log if first else None)
         report = _compared(model, pruned, test)
         if first:
             save(pruned, out / "model.safetensors")
@@ -165,13 +168,15 @@ def _recover(
     loader: ImageLoader,
     recipe: Recipe,
     out: Path,
+    compiled: bool,
     resume: bool,
     log: Callable[[Epoch], None] | None,
 ) -> None:
     """Fine-tune what is left, taught by the original."""
     pruned.to(memory_format=torch.channels_last)
+    net: Any = torch.compile(pruned) if compiled else pruned  # not in place: what is measured and saved is not compiled
     finetune(
-        pruned, loader, teacher=CachedTeacher(original, len(loader.data)), checkpoints=out / "checkpoints",
+        net, loader, teacher=CachedTeacher(original, len(loader.data)), checkpoints=out / "checkpoints",
         resume=resume, after_epoch=log, **asdict(recipe),
     )  # fmt: skip
     pruned.to(memory_format=torch.contiguous_format)  # as the original, for the clock

@@ -48,7 +48,8 @@ def main(arguments: argparse.Namespace) -> None:
             modprune.save(network, trained)
     report = prune_job(
         network, train, test, out, **pruning,
-        recipe=recipe, batch_size=BATCH, pad=PAD, seed=arguments.seed, resume=arguments.resume,
+        recipe=recipe, batch_size=BATCH, pad=PAD, seed=arguments.seed, compiled=arguments.compile,
+        resume=arguments.resume,
     )  # fmt: skip
     processes.print(report)
 
@@ -68,6 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=80, help="of fine-tuning")
     parser.add_argument("--lr", type=float, default=0.1, help="peak rate of fine-tuning")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    parser.add_argument("--compile", action="store_true", help="fine-tune by torch.compile")
     parser.add_argument("--out", type=Path, required=True, help="folder for all results")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     return parser.parse_args(argv)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from modprune import PruningPlan, count_params, load
+from modprune import PruningPlan, count_params, evaluate, finetune, load
 from modprune import job as jobs
 from modprune._files import alone
 from modprune.criteria import BlockScores, Modularity, Random
-from modprune.data import digits
+from modprune.data import ImageLoader, digits
 from modprune.job import prune_job
-from modprune.models import resnet20
+from modprune.models import CifarResNet, resnet20
 from modprune.recipe import Recipe
 from tests.oracles import snapshot
 
@@ -44,6 +46,36 @@ def test_the_original_stays_and_test_images_choose_nothing(tmp_path):
     text = (tmp_path / "a" / "report.md").read_text()
     assert f"Channels cut by torch-pruning: {cut} of " in text
     assert "Network: CifarResNet, training images: 300, test images: 100, epochs of fine-tuning: 1.\n" in text
+
+
+def test_a_compiled_run_is_resumed_to_the_same_bits_and_leaves_nothing_compiled(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, few, trained = CifarResNet((2, 1, 1)), digits(True).subset(torch.arange(256)), []
+    job = {"model": model, "train": few, "test": few, "blocks": 1, "criterion": "l1_norm", "pad": 1, "compiled": True}
+    job["recipe"] = Recipe(epochs=2, lr=0.05)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # of C++ it takes half a minute
+
+    def watched(net, *rest, after_epoch, **options):
+        def once(epoch):
+            after_epoch(epoch)
+            if not trained:
+                trained.append(net)
+                signal.raise_signal(signal.SIGTERM)
+
+        return finetune(net, *rest, after_epoch=once, **options)
+
+    prune_job(**job, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "finetune", watched)
+        with pytest.raises(SystemExit):
+            prune_job(**job, out=tmp_path / "cut")
+    assert type(trained[0]).__name__ == "OptimizedModule"
+    with pytest.raises(ValueError, match=r"'compiled': True.*resume it as it was"):
+        prune_job(**(job | {"compiled": False}), out=tmp_path / "cut", resume=True)
+    report = prune_job(**job, out=tmp_path / "cut", resume=True)
+    whole, cut = (load(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert snapshot(whole) == snapshot(cut)
+    assert evaluate(cut, ImageLoader(few, 100)) == report.pruned.accuracy
 
 
 def test_a_run_into_the_folder_of_another_never_ends_with_its_results(tmp_path, monkeypatch):

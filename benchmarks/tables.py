@@ -35,7 +35,7 @@ share of three forward passes and one build of the dependency graph. *neither*: 
 either; *no*: see below the table. By `python -m benchmarks.zoo`; rows come from several commits, and the times of those
 that had been near 1 or above it were measured anew."""
 TRAINING_IMAGES = 50_000
-MACHINES = (RESULTS, RESULTS / "xeon")  # where the clock was read: one with bfloat16 instructions, one without
+MACHINES = (RESULTS, RESULTS / "xeon")  # where the clock was read: one without AMX, one with
 OURS = {
     "resnet56-cifar10-restored": "blocks and a little width",
     "resnet56-cifar10": "blocks",
@@ -174,9 +174,10 @@ def _costs(folder: Path) -> dict[str, str]:
             f"peak {memory['peak_mib']:.0f} MiB with a budget of {memory['budget_mib']:.0f} MiB (a forward pass alone: "
             f"{memory['peak_of_a_forward_pass_mib']:.0f}), in {memory['seconds'] / 60:.0f} minutes"
         )
+    ways = {"float32": "in float32", "bfloat16": "in bfloat16", "compiled": "compiled as well"}
     for row in tune["networks"]:
         found[f"Fine-tuning {row['network']} against Dataset and DataLoader in float32: images per second"] = ", ".join(
-            f"{ratio:.2f}x {'and ' if way == 'compiled' else 'in '}{way}" for way, ratio in row["ratios"].items()
+            f"{ratio:.2f}x {ways[way]}" for way, ratio in row["ratios"].items()
         )
     return found
 
@@ -207,8 +208,11 @@ def clock() -> str:
 
 
 def clocks() -> str:
-    """The same of every network, eager and compiled, with throughput and memory."""
-    run = load("latency")
+    """The same of every network, eager and compiled, with throughput and memory, a table for each machine."""
+    return "\n\n".join(_clocks(load("latency", folder)) for folder in MACHINES)
+
+
+def _clocks(run: dict[str, Any]) -> str:
     head = ["network", "batch", "ideal", "blocks", "channels", "by eights", "images/s", "peak memory, MiB"]
     lines = [_row(head), _row(["---", *["---:"] * 7])]
     for name, modes in run["networks"].items():

@@ -12,10 +12,10 @@ PACKAGE = Path(modprune.__file__).parent
 ORDER = [
     "_files", "_environment", "_memory", "_random", "_processes", "_accelerate", "signals", "_inputs", "_bare",
     "_hooks", "_state", "_autograd", "_calls", "_depgraph", "cost", "_trace", "_probe", "models", "data", "bypass",
-    "graph", "blocks", "samples", "visits", "features", "evaluate", "picture", "curve", "similarity", "criteria",
-    "budget", "plan", "width", "_proof", "surgery", "checkpoints", "carry", "distill", "recipe", "_means", "precision",
-    "finetune", "tracking", "weights", "store", "report", "pruner", "gradual", "callbacks", "job", "specs", "studies",
-    "_options", "_sources", "_studies_cli", "cli",
+    "_residual", "_branches", "_plain", "graph", "blocks", "samples", "visits", "features", "evaluate", "picture",
+    "curve", "similarity", "criteria", "budget", "plan", "width", "_proof", "surgery", "checkpoints", "carry",
+    "distill", "recipe", "_means", "precision", "finetune", "tracking", "weights", "store", "report", "pruner",
+    "gradual", "callbacks", "job", "specs", "studies", "_options", "_sources", "_studies_cli", "cli",
 ]  # fmt: skip
 
 

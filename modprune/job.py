@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from modprune._environment import commit, environment
 from modprune._files import alone, to_json, write_text
-from modprune._inputs import device_of
+from modprune._inputs import device_of, first_line
 from modprune._processes import everyones, meet
 from modprune._state import evaluating
 from modprune.checkpoints import check_empty, check_writable
@@ -83,9 +83,9 @@ def prune_job(
 
     Raises:
         ValueError: for a budget that cannot be met, test images of another kind than the training images, a network of
-            fewer classes, a folder where another run is at work, with results of no run, with an unfinished run without
-            `resume`, or with a run of other arguments, weights or images (but for the number of epochs, while it is
-            unfinished).
+            fewer classes, `compiled` where `torch.compile` does not work, a folder where another run is at work, with
+            results of no run, with an unfinished run without `resume`, or with a run of other arguments, weights or
+            images (but for the number of epochs, while it is unfinished).
         OSError: if `out` cannot be written.
     """
     out, device = Path(out), device_of(model)
@@ -96,6 +96,8 @@ def prune_job(
     arguments = {**_made_of(model, train), **how}
     # Before the minutes of measuring, not after.
     check_names(log_with)
+    if compiled:
+        _check_compiler(device)
     check_writable(out)
     _check_folder(out)
     _check_images(model, train, test, batch_size)
@@ -140,6 +142,14 @@ def _made_of(model: nn.Module, train: ImageData) -> dict[str, str]:
         "weights": _digest(model.state_dict()),
         "images": _digest({"images": train.images, "labels": train.labels}),
     }
+
+
+def _check_compiler(device: torch.device) -> None:
+    """ValueError if `torch.compile` does not work here, for want of a C++ compiler say."""
+    try:
+        torch.compile(lambda x: x.neg())(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        raise ValueError(f"compiled: torch.compile does not work here, leave it out: {first_line(error)}") from None
 
 
 def _check_folder(out: Path) -> None:

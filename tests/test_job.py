@@ -78,6 +78,15 @@ def test_a_compiled_run_is_resumed_to_the_same_bits_and_leaves_nothing_compiled(
     assert evaluate(cut, ImageLoader(few, 100)) == report.pruned.accuracy
 
 
+def test_what_cannot_be_compiled_here_is_said_before_anything_is_done(tmp_path):
+    few = digits(True).subset(torch.arange(256))
+    nowhere = torch._inductor.config.patch({"cpp.cxx": (None, "/no/such/compiler"), "force_disable_caches": True})
+    with nowhere, pytest.raises(ValueError, match=r"torch\.compile does not work here, .*/no/such") as told:
+        prune_job(CifarResNet((2, 1, 1)), few, few, tmp_path / "out", blocks=1, compiled=True)
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_into_the_folder_of_another_never_ends_with_its_results(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, train, test = resnet20(), digits(True), digits(False)

@@ -32,8 +32,12 @@ def check_bare(model: nn.Module) -> None:
             hasattr(parameter, "device_mesh") for parameter in module._parameters.values()
         ):
             raise ValueError("the model is sharded over devices (FSDP): remove blocks before, then shard what is left")
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        if "_orig_mod" in module._modules:
             raise ValueError("the model is compiled: pass the module as it was before; compile it after the pruning")
+        if module._compiled_call_impl is not None:
+            raise ValueError(
+                "the model is compiled in place: copy.deepcopy(model) is not, pass that and compile it after"
+            )
 
 
 def check_filled(model: nn.Module) -> None:

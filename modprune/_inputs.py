@@ -181,7 +181,7 @@ def check_range(labels: Tensor, classes: int) -> None:
 
 def _as_labels(value: Any) -> Tensor | None:
     try:
-        return None if value is None else torch.as_tensor(value)
+        return value if value is None or isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # texts, or the boxes of a detector
         return None
 

@@ -59,7 +59,7 @@ class Means:
         if not self.pending:
             return
         means, images = zip(*self.pending, strict=True)
-        counts = torch.tensor(images).to(means[0])[:, None]
+        counts = means[0].new_tensor(images)[:, None]
         for loss, right, count in self.accelerator.reduce(torch.cat([torch.stack(means) * counts, counts], 1)).tolist():
             self.steps += 1
             if not math.isfinite(loss):

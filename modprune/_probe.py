@@ -83,7 +83,7 @@ def _few_values(x: Tensor) -> Tensor:
     """A tensor such as `x`, with its signs, of the magnitudes 1 and 2 in an order that no change of order keeps."""
     if x.is_complex():
         return torch.view_as_complex(_few_values(torch.view_as_real(x.resolve_conj())))
-    size = 1 + torch.randint(2, x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    size = 1 + torch.randint(2, x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
     return torch.where(x < 0, -size, size)
 
 

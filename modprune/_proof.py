@@ -206,7 +206,7 @@ def _noise_in(modules: Sequence[nn.Module]) -> Iterator[None]:
     def write(module: nn.Module, args: Any, kwargs: Any) -> None:
         x = first_tensor((args, kwargs))
         if x is not None and x.is_floating_point():
-            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu"))
 
     with ExitStack() as hooks:
         for module in modules:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 T = TypeVar("T")
 KINDS = torch.Generator, np.random.Generator, np.random.RandomState, random.Random
 TORCHS_OWN = frozenset(vars(nn.Module()))
+DATA = "dataset", "datasets", "transform", "transforms", "target_transform"  # as torch, torchvision and albumentations
 COUNTS = ("epoch", "iteration", "end_of_dataloader", "remainder")
 
 
@@ -132,14 +133,15 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 def _parts(loader: object) -> list[Any]:
-    """A loader, the one that it wraps as accelerate does, its samplers and data, those with attributes of their own."""
+    """A loader, the one that it wraps as accelerate does, its samplers, data and transforms, those with attributes."""
     parts = [loader]
     for part in parts:
         inner = [getattr(part, name, None) for name in ("base_dataloader", "sampler", "batch_sampler")]
         parts += [one for one in inner if one is not None and all(one is not other for other in parts)]
     for part in parts:  # of data, which is anybody's, only what it holds
-        data = getattr(part, "__dict__", {}).get("dataset")
-        parts += [data] if data is not None and all(data is not other for other in parts) else []
+        held = [getattr(part, "__dict__", {}).get(name) for name in DATA]
+        inner = [one for value in held for one in (value if isinstance(value, (list, tuple)) else [value])]
+        parts += [one for one in inner if one is not None and all(one is not other for other in parts)]
     return [part for part in parts if hasattr(part, "__dict__")]
 
 

@@ -29,7 +29,8 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
             keeps a list of its own, nor ZeroRedundancyOptimizer, of which each process has a part.
 
     Raises:
-        ValueError: before the surgery for one of these two, after it if an optimizer is left without any parameter.
+        ValueError: before the surgery for one of these two or what is no optimizer, after it if an optimizer is left
+            without any parameter.
 
     >>> import torch
     >>> from modprune import PruningPlan
@@ -41,6 +42,9 @@ def carry_over(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
     >>> len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
     True
     """
+    for one in optimizers:
+        if not (hasattr(one, "param_groups") and hasattr(one, "state")):
+            raise ValueError(f"{type(one).__name__} is no optimizer: give that; its schedule goes on by itself")
     everyone = _with_inner(optimizers)
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in everyone):
         raise ValueError("LBFGS cannot be carried over, its history is of all parameters together: make a new one")
@@ -83,7 +87,7 @@ def _rebind(model: nn.Module, optimizers: Sequence[Optimizer], names: Mapping[nn
             group["params"] = [p for p in heirs if p is not None]
             _complete(optimizer, group)
         left = {p for group in optimizer.param_groups for p in group["params"]}
-        for gone in [p for p in optimizer.state if p not in left]:
+        for gone in [p for p in optimizer.state if isinstance(p, torch.Tensor) and p not in left]:
             del optimizer.state[gone]
 
 

@@ -244,6 +244,7 @@ def latency(
     with ExitStack() as stack, torch.no_grad():  # not inference_mode: what a model caches must stay fit for training
         for model in models.values():
             stack.enter_context(evaluating(model))
+            stack.enter_context(state_kept(model))
         started = time.perf_counter()
         while time.perf_counter() - started < seconds or len(next(iter(times.values()))) < 4:
             for name, model in models.items():
@@ -275,7 +276,7 @@ def latency_by_module(
     def stop(name: str, *_: object) -> None:
         passes[-1][name] += _clock(device) - running[name]
 
-    with ExitStack() as hooks, torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), state_kept(model), ExitStack() as hooks:
         for name in names:
             module = model.get_submodule(name)
             hooks.enter_context(module.register_forward_pre_hook(partial(start, name)))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modprune._inputs import first_line, take
-from modprune._state import traceable
+from modprune._state import state_kept, traceable
 from modprune.blocks import Blocks
 from modprune.bypass import bypassed
 from modprune.curve import ModularityCurve, check_classes, modularity_curve, points, q_of
@@ -222,9 +222,10 @@ class Ablation:
         """(repeats, blocks): each repeat from samples of its own."""
         values = []
         for sample in drawn(loader, self.samples, self.repeats):
-            whole = evaluate(model, sample).loss
-            without = _without_each(model, blocks, partial(evaluate, model, sample))
-            values.append([evaluation.loss - whole for evaluation in without])
+            with state_kept(model):
+                whole = evaluate(model, sample).loss
+                without = _without_each(model, blocks, partial(evaluate, model, sample))
+                values.append([evaluation.loss - whole for evaluation in without])
         return BlockScores(blocks.names, np.array(values))
 
 

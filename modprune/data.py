@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from modprune._inputs import check_range
+from modprune._inputs import check_range, is_whole
 from modprune._processes import place
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -101,7 +101,7 @@ def _cifar(dataset: Any, name: str, root: str | Path, train: bool) -> ImageData:
             f"give the folder that holds {dataset.base_folder}, from https://www.cs.toronto.edu/~kriz/cifar.html"
         ) from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return ImageData(images, torch.tensor(data.targets), len(data.classes), IMAGENET_MEAN, IMAGENET_STD)
+    return ImageData(images, torch.tensor(data.targets, device="cpu"), len(data.classes), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def digits(train: bool) -> ImageData:
@@ -114,7 +114,7 @@ def digits(train: bool) -> ImageData:
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)
     images = grey[:, None].expand(-1, 3, -1, -1).contiguous()
-    everyfifth = torch.arange(len(images)) % 5 == 0
+    everyfifth = torch.arange(len(images), device="cpu") % 5 == 0
     index = torch.nonzero(~everyfifth if train else everyfifth).flatten()
     labels = torch.from_numpy(bunch.target).long()
     return ImageData(images[index], labels[index], 10, (0.3,) * 3, (0.37,) * 3)
@@ -147,8 +147,12 @@ class ImageLoader:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
+        if not isinstance(data, ImageData):
+            raise ValueError(f"data of type {type(data).__name__}: ImageData is needed; others go to a DataLoader")
+        if not is_whole(batch_size) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: a whole number of at least 1 is needed")
+        if pad is not None and (not is_whole(pad) or pad < 0):
+            raise ValueError(f"pad={pad}: a whole number of at least 0 is needed, or None for no augmentation")
         if seed < 0:  # some are hashed alike
             raise ValueError(f"seed={seed}: at least 0 is needed")
         self.data, self.batch_size, self.pad, self.shuffle = data, batch_size, pad, shuffle
@@ -157,16 +161,16 @@ class ImageLoader:
         border = pad or 0
         self._padded = torch.nn.functional.pad(data.images, (border,) * 4).to(self.device)
         self._labels = data.labels.to(self.device)
-        scale = 255 * torch.tensor(data.std)
-        self._shift = (-255 * torch.tensor(data.mean) / scale).view(1, -1, 1, 1).to(self.device)
-        self._scale = scale.reciprocal().view(1, -1, 1, 1).to(self.device)
+        scale = 255 * torch.tensor(data.std, device=self.device)
+        self._shift = (-255 * torch.tensor(data.mean, device=self.device) / scale).view(1, -1, 1, 1)
+        self._scale = scale.reciprocal().view(1, -1, 1, 1)
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration draws; without a call, iterations count up from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        share = len(self._share(torch.arange(len(self.data))))
+        share = len(self._share(torch.arange(len(self.data), device="cpu")))
         return share // self.batch_size if self.shuffle else -(-share // self.batch_size)
 
     @property
@@ -175,9 +179,9 @@ class ImageLoader:
         return len(self) * self.batch_size * place()[1] if self.shuffle else len(self.data)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        order = torch.arange(len(self.data))
+        order = torch.arange(len(self.data), device="cpu")
         if self.shuffle:
-            order = torch.randperm(len(self.data), generator=_generator(self.seed, self.epoch, 0))
+            order = torch.randperm(len(self.data), generator=_generator(self.seed, self.epoch, 0), device="cpu")
         crops = self._crops() if self.pad is not None else None
         for number, index in enumerate(self._share(order).to(self.device).split(self.batch_size)[: len(self)], 1):
             images = self._padded[index] if crops is None else _crop(self._padded, index, crops[index], self.data)
@@ -188,8 +192,8 @@ class ImageLoader:
     def _crops(self) -> Tensor:
         """(N, 3) int64 of this epoch: row and column of the crop, and whether it is flipped."""
         generator = _generator(self.seed, self.epoch, 1)
-        offsets = torch.randint(2 * (self.pad or 0) + 1, (len(self.data), 2), generator=generator)
-        flips = torch.randint(2, (len(self.data), 1), generator=generator)
+        offsets = torch.randint(2 * (self.pad or 0) + 1, (len(self.data), 2), generator=generator, device="cpu")
+        flips = torch.randint(2, (len(self.data), 1), generator=generator, device="cpu")
         return torch.cat([offsets, flips], 1).to(self.device)
 
     def _share(self, order: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modprune._inputs import call, check_range, device_of, first_tensor, opened, split_batch
 from modprune._state import evaluating, modes_kept
 
+OFF = 0.02  # from 1: what rounding to bfloat16 makes of the sum of a few probabilities
 Teacher = Callable[[Any], Tensor]
 """From a batch to logits (B, classes)."""
 
@@ -109,15 +110,35 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def check_logits(logits: Tensor) -> None:
+    """ValueError unless they are of samples and at least two classes: a softmax over less learns nothing."""
+    if logits.ndim < 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"the model gives logits of shape {tuple(logits.shape)}: (B, classes), at least two, are needed; what "
+            "learns by another loss is trained in a loop of your own"
+        )
+
+
+def check_probabilities(labels: Tensor) -> None:
+    """ValueError unless labels (B, classes, ...) sum to one; a device has to be waited for."""
+    sums = labels.float().sum(1).flatten()
+    if wrong := sums[(sums - 1).abs() > OFF].tolist():
+        raise ValueError(
+            f"the labels of a sample sum to {wrong[0]:.3g}, not to 1, as probabilities of classes do: what has several "
+            "classes at a time, or none, is trained in a loop of your own"
+        )
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
     if labels is None:
         raise ValueError(
             "the batches hold no labels: give (inputs, labels) or dicts with 'labels', or a teacher and distill=1"
         )
-    if logits.ndim == 2 and labels.shape != (logits.shape if labels.is_floating_point() else logits.shape[:1]):
+    one_each = logits.shape[:1] + logits.shape[2:]
+    if labels.shape != (logits.shape if labels.is_floating_point() else one_each):
         raise ValueError(
-            f"labels are (B,) integers or (B, classes) probabilities; given {labels.dtype} of shape "
-            f"{tuple(labels.shape)} for logits of shape {tuple(logits.shape)}: check the loader"
+            f"labels are {tuple(one_each)} integers or {tuple(logits.shape)} probabilities; given {labels.dtype} of "
+            f"shape {tuple(labels.shape)}: check the loader"
         )
     labels = labels if labels.is_floating_point() else labels.long()
     try:

@@ -37,7 +37,9 @@ class Evaluation:
 
 
 def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
-    """Evaluate a classifier in eval mode, without gradients, on its own device; it is left as found.
+    """Evaluate a classifier in eval mode, without gradients, on its own device.
+
+    Its modes and all random numbers are put back; what its passes write into it themselves (records, counters) stays.
 
     On the CPU images are forwarded channels last, which is faster, where the model takes them so.
 
@@ -52,7 +54,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
     """
     check_loader(loader)
     samples = 0
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals = torch.zeros(3, dtype=torch.float64, device="cpu")
     layout = torch.channels_last if device_of(model).type == "cpu" else torch.preserve_format
     with torch.no_grad(), evaluating(model):
         for batch in loader:

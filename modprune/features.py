@@ -52,7 +52,7 @@ class LayerGrams:
 
     def __init__(self, model: nn.Module, layers: Sequence[str], budget: int = GIB) -> None:
         self.model, self.layers, self.budget = model, layers, budget
-        self._arena = torch.empty(0)
+        self._arena = torch.empty(0, device="cpu")
         self._layout = torch.channels_last if device_of(model).type == "cpu" else torch.preserve_format
         self._channels_last: set[str] = set()
         self._scales: dict[str, float] = {}
@@ -92,7 +92,7 @@ class LayerGrams:
         """An arena of so many values at least, on the model's device."""
         device = device_of(self.model)
         if self._arena.numel() < values or self._arena.device != device:
-            self._arena = torch.empty(0)  # the old one goes before the new one comes
+            self._arena = torch.empty(0, device="cpu")  # the old one goes before the new one comes
             self._arena = torch.empty(values, dtype=torch.float32, device=device)
 
     def _columns(self, sample: Sample) -> dict[str, int]:

@@ -26,7 +26,15 @@ from modprune._random import from_batch, own_state, random_state, set_own_state
 from modprune._state import modes_kept
 from modprune.checkpoints import check_empty, check_writable, difference, load_newest, save_state, states
 from modprune.data import set_epoch
-from modprune.distill import CachedTeacher, Teacher, distillation_loss, logits_of, teaching
+from modprune.distill import (
+    CachedTeacher,
+    Teacher,
+    check_logits,
+    check_probabilities,
+    distillation_loss,
+    logits_of,
+    teaching,
+)
 from modprune.evaluate import evaluate
 from modprune.precision import autocast_dtype
 from modprune.recipe import Recipe, warmup_cosine
@@ -67,8 +75,9 @@ def finetune(
     bf16 autocast is used where the device gains from it (`autocast_dtype`).
 
     Args:
-        model: returns logits (B, classes), or an output whose first tensor they are. Its modes are put back
-            afterwards. Compile it beforehand with `model.compile()` if wanted.
+        model: returns logits (B, classes), or an output whose first tensor they are; `torch.compile(model)` trains by
+            what is compiled. All of it is in training mode meanwhile, so that statistics of frozen batch norms move
+            too; its modes are put back afterwards.
         train_loader: sized; `(inputs, labels, ...)` batches or dicts with `labels`. A torch DataLoader is spread over
             the processes; anything else gives each process its share itself, as `ImageLoader` does.
         val_loader: Top-1 is measured on it after every epoch, for people to watch; nothing is chosen by it. Read
@@ -96,7 +105,7 @@ def finetune(
     """
     constants = Recipe(**recipe)  # type: ignore[arg-type]
     taught_by: Any = teacher.model if isinstance(teacher, CachedTeacher) else teacher
-    if bare(taught_by) is bare(model):
+    if bare(taught_by) is bare(model) or _holds_only(taught_by, model):
         raise ValueError("the teacher is the model itself, from which nothing is learnt: copy.deepcopy it beforehand")
     if isinstance(val_loader, Iterator):
         raise ValueError("val_loader can be read only once, not after every epoch: give a list or a DataLoader")
@@ -138,6 +147,12 @@ def finetune(
     return run.history
 
 
+def _holds_only(teacher: object, model: nn.Module) -> bool:
+    """Whether a teacher is a module around the model, or a shallow copy of it: it has no parameter of its own."""
+    held = set(teacher.parameters()) if isinstance(teacher, nn.Module) else set()
+    return bool(held) and held <= set(model.parameters())
+
+
 def _check_folder(folder: Path | None, resume: bool, halvings: int) -> None:
     """Whether states can be written to it and read from it as wanted."""
     if (resume or halvings) and folder is None:
@@ -166,7 +181,8 @@ class _Run:
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient: nothing can be trained")
-        self.accelerator = accelerator_for(self.device, "bf16" if autocast_dtype(self.device) else "no")
+        half = any(parameter.dtype == torch.float16 for parameter in model.parameters())  # autocast would mix the two
+        self.accelerator = accelerator_for(self.device, "bf16" if autocast_dtype(self.device) and not half else "no")
         # With one process the loader stays as it is: accelerate's fetches a batch ahead, which would change the random
         # numbers after a resume.
         spread = isinstance(loader, DataLoader) and self.accelerator.num_processes > 1
@@ -281,11 +297,14 @@ class _Run:
         inputs, labels = split_batch(batch)
         with self.accelerator.autocast():
             logits = logits_of(call(self.net, inputs)).float()
+            check_logits(logits)
             if not len(logits):
                 raise ValueError("train_loader gives a batch without samples, whose loss is no number: leave it out")
             soft = teach and teach(batch)
         labels = None if labels is None else labels.to(logits.device)  # lists and arrays have not come along
         loss = distillation_loss(logits, labels, soft, self.distill, self.recipe.temperature)
+        if self.schedule.last_epoch == 0 and self.distill < 1 and labels is not None and labels.is_floating_point():
+            check_probabilities(labels)
         self.accelerator.backward(loss)
         self.optimizer.step()
         self.schedule.step()

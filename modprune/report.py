@@ -13,6 +13,7 @@ from torch import nn
 from modprune._bare import bare
 from modprune._files import to_json
 from modprune._inputs import device_of
+from modprune._state import state_kept
 from modprune.cost import count_params, latency, mac_differences, macs_by_counter
 from modprune.evaluate import Evaluation, evaluate
 
@@ -135,7 +136,8 @@ def _summary(
     macs = {counter: by_module[""] for counter, by_module in counts.items()}
     far = [name for name, count in macs.items() if abs(count - macs["modprune"]) > TOLERANCE * macs["modprune"]]
     differences = mac_differences(counted, counts) if far else {}
-    accuracy = evaluate(model, val_loader) if val_loader is not None else None
+    with state_kept(model):
+        accuracy = evaluate(model, val_loader) if val_loader is not None else None
     return Summary(count_params(model), macs, seconds, accuracy, {name: differences[name] for name in far})
 
 

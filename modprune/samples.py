@@ -96,7 +96,7 @@ def _draw_here(loader: Iterable[Any], samples: int, repeats: int) -> Iterator[Sa
         enough = f": ask for {len(pool)} at most" if pool else ONCE
         raise ValueError(f"the loader holds {len(pool)} samples, {samples} are asked for{enough}")
     for repeat in range(drawn, repeats):
-        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(repeat))
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(repeat), device="cpu")
         chosen = [pool[i] for i in order[:samples].tolist()]
         yield [piece for start in range(0, samples, size) for piece in _joined(chosen[start : start + size])]
 

@@ -21,8 +21,8 @@ _PREFIX = re.compile(r"^(module|_orig_mod)\.")
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Fill a model in place with plain weights: a `.safetensors` file, or a PyTorch file read with `weights_only`.
 
-    A state dict nested under "state_dict" or "model" and names that begin with "module." (of DataParallel, or an
-    average) or "_orig_mod." (of torch.compile) are understood.
+    A state dict nested under "state_dict", "model_state_dict" or "model" and names that begin with "module." (of
+    DataParallel, or an average) or "_orig_mod." (of torch.compile) are understood.
 
     Raises:
         OSError: if the file is not there; ValueError: if it is truncated, would run code, is no state dict, holds
@@ -36,7 +36,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         state, metadata = read_safetensors(path)
     else:
         state = _read_torch(path)
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(t, Tensor) for t in state.values()):

@@ -99,7 +99,9 @@ def resize(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]
             shape = tensors[f"{name}.{key}"].shape if f"{name}.{key}" in tensors else None
             if shape is None or len(shape) != old.ndim or any(a > b for a, b in zip(shape, old.shape, strict=True)):
                 raise ValueError(f"{name}.{key}: is of shape {tuple(old.shape)} here and does not narrow to {shape}")
-            new = torch.empty(shape, dtype=old.dtype, device=old.device)
+            last = old.ndim == 4 and not old.is_contiguous()
+            layout = torch.channels_last if last else torch.contiguous_format
+            new = torch.empty(shape, dtype=old.dtype, device=old.device, memory_format=layout)
             setattr(layer, key, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
         _tell_sizes(layer)
         setattr(layer, NARROWED, True)

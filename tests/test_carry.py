@@ -69,6 +69,24 @@ def test_an_optimizer_with_a_list_of_its_own_is_refused_before_the_surgery():
     assert type(model.layer1[0]).__name__ == "BasicBlock"
 
 
+def test_a_schedule_given_for_an_optimizer_is_refused_before_the_surgery():
+    model = resnet20()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for given in (torch.optim.lr_scheduler.StepLR(optimizer, 1), [optimizer]):
+        with pytest.raises(ValueError, match=f"{type(given).__name__} is no optimizer"), carry_over(model, given):
+            PruningPlan(("layer1.0",)).apply(model)
+    assert len(list(model.parameters())) == len(list(resnet20().parameters()))
+
+
+def test_what_an_optimizer_keeps_under_other_keys_than_parameters_stays():
+    model = resnet20()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.state["steps"] = 3
+    with carry_over(model, optimizer):
+        PruningPlan(("layer1.0",)).apply(model)
+    assert dict(optimizer.state) == {"steps": 3}
+
+
 def test_an_optimizer_dealt_out_to_processes_is_refused_before_the_surgery():
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

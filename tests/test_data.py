@@ -136,6 +136,19 @@ def test_seeds_below_zero_are_refused():
         ImageLoader(images(), seed=-1)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pad": -1}, "pad=-1: a whole number of at least 0"),
+        ({"batch_size": 2.5}, "batch_size=2.5: a whole number"),
+        ({"data": [1, 2]}, "data of type list: ImageData is needed"),
+    ],
+)
+def test_a_loader_says_what_it_cannot_work_with(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ImageLoader(**({"data": digits(True)} | arguments))
+
+
 def test_calibration_of_few_images_has_a_batch_for_each_process(monkeypatch):
     for processes in (1, 2, 3):
         monkeypatch.setattr("modprune.data.place", lambda processes=processes: (0, processes))

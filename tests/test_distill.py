@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from modprune.data import ImageLoader, digits
 from modprune.distill import CachedTeacher, distillation_loss, logits_of
@@ -40,6 +41,29 @@ def test_what_nothing_can_be_learnt_from_is_named():
     batch = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4).long(), torch.arange(2)
     with pytest.raises(ValueError, match=r"a CachedTeacher .* \(B, classes\) .* shape \(2, 5, 4, 4\): give the module"):
         CachedTeacher(torch.nn.Conv2d(3, 5, 1), 10)(batch)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "message"),
+    [
+        (1, torch.ones(4, 1), r"logits of shape \(4, 1\): \(B, classes\), at least two"),
+        (None, torch.ones(4), r"logits of shape \(4,\): \(B, classes\), at least two"),
+        (3, torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 1], [0, 0, 0]]), "sum to 2, not to 1"),
+        (3, torch.ones(4, dtype=torch.int64)[:, None], r"labels are \(4,\) integers or \(4, 3\) probabilities"),
+    ],
+)
+def test_what_a_softmax_cannot_learn_is_refused(outputs, labels, message):
+    """One output, several classes at a time: cross-entropy would train on, and learn nothing or something else."""
+    model = nn.Sequential(nn.Linear(5, outputs or 1), nn.Identity() if outputs else nn.Flatten(0))
+    with pytest.raises(ValueError, match=message):
+        finetune(model, [(torch.randn(4, 5), labels)], epochs=1, progress=False)
+
+
+def test_probabilities_of_classes_are_learnt_from_however_they_are_rounded():
+    model = nn.Linear(5, 3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        labels = torch.rand(64, 3).softmax(1).to(dtype)
+        assert len(finetune(model, [(torch.randn(64, 5), labels)], epochs=1, progress=False)) == 1
 
 
 def test_a_cached_teacher_answers_the_mean_of_what_it_has_said():

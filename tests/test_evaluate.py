@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from modprune import compare
+from modprune.cost import latency, latency_by_module
 from modprune.evaluate import evaluate
 
 
@@ -89,6 +93,26 @@ def test_images_go_channels_last_where_the_model_takes_them_so():
 def test_what_a_model_says_of_its_inputs_comes_out():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         evaluate(nn.Linear(3, 2), [(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))])
+
+
+def test_what_a_model_counts_while_it_is_compared_is_put_back():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self.register_buffer("seen", torch.zeros(()))
+            self.last = None
+
+        def forward(self, x):
+            self.seen += len(x)
+            self.last = super().forward(x)
+            return self.last
+
+    model, x = Counting(), torch.randn(6, 4)
+    latency({"it": model}, x, seconds=0.01)
+    latency_by_module(nn.Sequential(model), ["0"], x, seconds=0.01)
+    compare(model, copy.deepcopy(model), x, [(x, torch.arange(6) % 3)])
+    assert model.seen == 0
+    assert model.last is None
 
 
 def test_of_equal_logits_the_first_is_the_answer():

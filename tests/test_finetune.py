@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
+from torchvision.transforms import Compose
 
 from modprune.checkpoints import states
 from modprune.data import ImageLoader, digits
@@ -187,6 +188,29 @@ class Noisy(Dataset):
         return DATA.images[index] / 255 + self.rng.random(dtype=np.float32), DATA.labels[index]
 
 
+class Jitter:
+    """A transform with a generator of its own, as albumentations' are."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+
+    def __call__(self, image):
+        return image / 255 + self.rng.random(dtype=np.float32)
+
+
+class Transformed(Dataset):
+    """Images as they come out of a list of transforms, one of which draws."""
+
+    def __init__(self) -> None:
+        self.transform = Compose([torch.Tensor.float, Jitter()])
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+    def __getitem__(self, index: int):
+        return self.transform(DATA.images[index]), DATA.labels[index]
+
+
 class Sampled(Sampler):
     """Its generator is one of the class."""
 
@@ -206,9 +230,10 @@ class Sampled(Sampler):
     "loader",
     [
         lambda: DataLoader(Noisy(), 64),
+        lambda: DataLoader(ConcatDataset([Transformed()]), 64),
         lambda: DataLoader(TensorDataset(DATA.images / 255, DATA.labels), 64, sampler=Sampled()),
     ],
-    ids=["data", "sampler"],
+    ids=["data", "transforms", "sampler"],
 )
 def test_generators_of_ones_own_go_on_in_a_resumed_run(loader, tmp_path):
     def stop(epoch):
@@ -474,6 +499,20 @@ def test_recipes_out_of_range(recipe, message):
         Recipe(**recipe)
 
 
+def test_a_model_in_half_precision_is_trained_without_autocast(monkeypatch):
+    monkeypatch.setattr(module, "autocast_dtype", lambda device: torch.bfloat16)
+    model = network().half()
+    assert len(finetune(model, [(torch.randn(20, 3, 8, 8).half(), torch.arange(20) % 10)], epochs=1, lr=1e-3)) == 1
+    assert model.conv1.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("around", [copy.copy, nn.Sequential], ids=["shallow copy", "wrapper"])
+def test_a_teacher_of_the_same_weights_is_refused(around):
+    model = network()
+    with pytest.raises(ValueError, match="the teacher is the model itself"):
+        finetune(model, loader(), teacher=around(model), epochs=1)
+
+
 def test_labels_out_of_range_are_named():
     batches = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) + 5), 4)
     with pytest.raises(ValueError, match="labels from 9 to 12 with 10 classes"):
@@ -483,7 +522,7 @@ def test_labels_out_of_range_are_named():
 @pytest.mark.parametrize("labels", [torch.zeros(4, 1).long(), torch.zeros(4), torch.eye(10)[:4].long()])
 def test_labels_of_another_form_are_named(labels):
     batches = [(torch.randn(4, 3, 8, 8), labels)]
-    with pytest.raises(ValueError, match=r"labels are \(B,\) integers or \(B, classes\) probabilities; given torch"):
+    with pytest.raises(ValueError, match=r"labels are \(4,\) integers or \(4, 10\) probabilities; given torch"):
         finetune(network(), batches, epochs=1, progress=False)
 
 

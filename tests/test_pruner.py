@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from modprune import load, pruner, save
+from modprune import compare, evaluate, finetune, load, pruner, save
 from modprune.blocks import find_blocks
 from modprune.budget import Budget, Candidate
 from modprune.cost import count_macs, count_params
-from modprune.criteria import BlockScores
+from modprune.criteria import BlockScores, Modularity
 from modprune.data import ImageLoader, digits
 from modprune.gradual import GradualPruning
 from modprune.models import resnet32, vgg11_bn
@@ -225,6 +225,28 @@ def test_arguments_are_checked_at_once(arguments, message):
 def test_a_wrapped_model_is_refused_at_once():
     with pytest.raises(ValueError, match="the model is compiled"):
         ModularityPruner(torch.compile(network()), X, loader(), blocks=1)
+    in_place = network()
+    in_place.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"compiled in place: copy\.deepcopy"):
+        ModularityPruner(in_place, X, loader(), blocks=1)
+    ModularityPruner(copy.deepcopy(in_place), X, loader(), blocks=1)
+
+
+def test_a_default_device_that_is_another_than_the_models_is_of_no_concern(tmp_path):
+    """On the meta device nothing that is made could be used, as little as on another one of a tensor on the CPU."""
+    data, results = digits(True).subset(torch.arange(200)), []
+    for default in ("cpu", "meta"):
+        model, original = network(), network()
+        with torch.device(default):
+            batches, plain = ImageLoader(data, 50, pad=1, shuffle=True), ImageLoader(data, 100)
+            scorer = Modularity(samples=80, repeats=3)
+            pruned = ModularityPruner(model, X, batches, scorer, blocks=2, width=0.2).step()
+            finetune(pruned, batches, teacher=original, epochs=1, lr=1e-3, progress=False)
+            save(pruned, tmp_path / "pruned.safetensors")
+            compare(original, pruned, X, plain)
+            results.append(evaluate(pruned, plain))
+        results.append(evaluate(load(tmp_path / "pruned.safetensors", original), ImageLoader(data, 100)))
+    assert len(set(results)) == 1
 
 
 def test_inference_mode_leaves_nothing_behind(tmp_path):

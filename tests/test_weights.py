@@ -49,9 +49,10 @@ def test_plain_weights_of_every_common_layout(tmp_path):
     torch.save(state, tmp_path / "a.pt")
     torch.save(nested, tmp_path / "b.th")
     safetensors.torch.save_file(state, tmp_path / "c.safetensors")
+    torch.save({"model_state_dict": state, "epoch": 3}, tmp_path / "d.pt")
     torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), tmp_path / "average.pt")
     torch.save({f"module._orig_mod.{name}": tensor for name, tensor in state.items()}, tmp_path / "compiled.pt")
-    for name in ("a.pt", "b.th", "c.safetensors", "average.pt", "compiled.pt"):
+    for name in ("a.pt", "b.th", "c.safetensors", "d.pt", "average.pt", "compiled.pt"):
         assert torch.equal(load_weights(resnet20(), tmp_path / name).eval()(X), model.eval()(X))
 
 

@@ -128,6 +128,15 @@ def test_depth_then_width_in_one_plan_one_file_and_one_report(tmp_path, loader):
     assert report.pruned.params == count_params(model)
 
 
+def test_narrowed_layers_lie_in_memory_as_they_did_when_they_come_from_a_file(tmp_path, loader):
+    model = resnet20().to(memory_format=torch.channels_last)
+    ModularityPruner(model, X, loader, "l1_norm", blocks=1, width=0.5).step()
+    save(model, tmp_path / "narrow.safetensors")
+    found = load(tmp_path / "narrow.safetensors", resnet20().to(memory_format=torch.channels_last))
+    for name, parameter in found.named_parameters():
+        assert parameter.stride() == model.get_parameter(name).stride(), name
+
+
 def test_a_state_of_something_else_than_tensors_has_no_width(loader):
     class Counting(type(resnet20())):
         def get_extra_state(self):

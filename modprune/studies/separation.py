@@ -92,7 +92,7 @@ def _embedded(gram: Tensor, seed: int) -> list[list[float]]:
 
 def _edges(graph: FeatureGraph) -> list[list[int]]:
     """Pairs of samples with an edge between them, each once."""
-    rows = torch.arange(len(graph.weights))[:, None].expand_as(graph.neighbours)
+    rows = torch.arange(len(graph.weights), device=graph.weights.device)[:, None].expand_as(graph.neighbours)
     pairs = torch.stack([rows, graph.neighbours.cpu()], -1)[graph.weights.cpu() > 0]
     edges: list[list[int]] = pairs.sort(1).values.unique(dim=0).tolist()
     return edges

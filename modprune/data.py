@@ -150,7 +150,7 @@ class ImageLoader:
         if not isinstance(data, ImageData):
             raise ValueError(f"data of type {type(data).__name__}: ImageData is needed; others go to a DataLoader")
         if not is_whole(batch_size) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: a whole number of at least 1 is needed")
+            raise ValueError(f"batch_size={batch_size}: at least 1 is needed, a whole number")
         if pad is not None and (not is_whole(pad) or pad < 0):
             raise ValueError(f"pad={pad}: a whole number of at least 0 is needed, or None for no augmentation")
         if seed < 0:  # some are hashed alike

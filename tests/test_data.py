@@ -140,7 +140,7 @@ def test_seeds_below_zero_are_refused():
     ("arguments", "message"),
     [
         ({"pad": -1}, "pad=-1: a whole number of at least 0"),
-        ({"batch_size": 2.5}, "batch_size=2.5: a whole number"),
+        ({"batch_size": 2.5}, "batch_size=2.5: at least 1 is needed, a whole number"),
         ({"data": [1, 2]}, "data of type list: ImageData is needed"),
     ],
 )

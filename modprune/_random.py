@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 T = TypeVar("T")
 KINDS = torch.Generator, np.random.Generator, np.random.RandomState, random.Random
 TORCHS_OWN = frozenset(vars(nn.Module()))
-DATA = "dataset", "datasets", "transform", "transforms", "target_transform"  # as torch, torchvision and albumentations
 COUNTS = ("epoch", "iteration", "end_of_dataloader", "remainder")
 
 
@@ -139,9 +138,11 @@ def _parts(loader: object) -> list[Any]:
         inner = [getattr(part, name, None) for name in ("base_dataloader", "sampler", "batch_sampler")]
         parts += [one for one in inner if one is not None and all(one is not other for other in parts)]
     for part in parts:  # of data, which is anybody's, only what it holds
-        held = [getattr(part, "__dict__", {}).get(name) for name in DATA]
-        inner = [one for value in held for one in (value if isinstance(value, (list, tuple)) else [value])]
-        parts += [one for one in inner if one is not None and all(one is not other for other in parts)]
+        own = getattr(part, "__dict__", {})
+        held = [own.get(name) for name in ("dataset", "transform", "target_transform")]  # a list here is of samples
+        for several in (own.get(name) for name in ("datasets", "transforms")):
+            held += several if isinstance(several, (list, tuple)) else [several]
+        parts += [one for one in held if one is not None and all(one is not other for other in parts)]
     return [part for part in parts if hasattr(part, "__dict__")]
 
 

@@ -304,7 +304,7 @@ class _Run:
         labels = None if labels is None else labels.to(logits.device)  # lists and arrays have not come along
         loss = distillation_loss(logits, labels, soft, self.distill, self.recipe.temperature)
         if self.schedule.last_epoch == 0 and self.distill < 1 and labels is not None and labels.is_floating_point():
-            check_probabilities(labels)
+            check_probabilities(labels)  # once: a device has to be waited for
         self.accelerator.backward(loss)
         self.optimizer.step()
         self.schedule.step()
